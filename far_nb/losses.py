@@ -6,7 +6,7 @@
 __all__ = ['adversarial_g', 'adversarial_d', 'r1_penalty', 'feature_matching', 'l1_known', 'LossWeights', 'generator_loss',
            'discriminator_loss']
 
-# %% ../nbs/09_losses.ipynb #8009080c
+# %% ../nbs/09_losses.ipynb #489f894d
 from dataclasses import dataclass
 from typing import Callable
 
@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/09_losses.ipynb #0b90af92
+# %% ../nbs/09_losses.ipynb #8d1ee9de
 def adversarial_g(logits_fake: Tensor) -> Tensor:
     "Non-saturating generator loss: mean softplus(-D(fake)) over logits (B,1,h,w). Released code."
     return F.softplus(-logits_fake).mean()
@@ -26,13 +26,13 @@ def adversarial_d(logits_real: Tensor, logits_fake: Tensor, mask: Tensor) -> tup
     fake = hole * F.softplus(logits_fake) + (1 - hole) * F.softplus(-logits_fake)
     return F.softplus(-logits_real).mean(), fake.mean()
 
-# %% ../nbs/09_losses.ipynb #9dca3ae7
+# %% ../nbs/09_losses.ipynb #88fae569
 def r1_penalty(logits_real: Tensor, real: Tensor) -> Tensor:
     "Mean squared gradient norm of the summed logits at real images (B,3,H,W), which must require gradients. Differentiable."
     gradient, = torch.autograd.grad(logits_real.sum(), real, create_graph=True)
     return gradient.flatten(1).norm(dim=1).square().mean()      # the norm squared, as released: a float32 sum of squares differs at 512 px by 1.5e-5
 
-# %% ../nbs/09_losses.ipynb #810fa360
+# %% ../nbs/09_losses.ipynb #ec56f3e8
 def feature_matching(fake_activations: list[Tensor], real_activations: list[Tensor]) -> Tensor:
     "Mean over layers of the mean squared difference of the critic's activations. Released code."
     return torch.stack([F.mse_loss(fake, real) for fake, real in zip(fake_activations, real_activations, strict=True)]).mean()
@@ -42,7 +42,7 @@ def l1_known(fake: Tensor, real: Tensor, mask: Tensor) -> Tensor:
     "Mean over all pixels of |fake - real| outside the hole (mask (B,1,H,W), 1 = hole). Released code."
     return ((fake - real).abs() * (1 - mask)).mean()
 
-# %% ../nbs/09_losses.ipynb #044f1ec7
+# %% ../nbs/09_losses.ipynb #3dcc4aad
 @dataclass(frozen=True)
 class LossWeights:
     "Weights of the generator's and the critic's losses (released code)."
