@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACRConfig', 'ACR']
 
-# %% ../nbs/06_acr.ipynb #99fc23b9
+# %% ../nbs/06_acr.ipynb #411d8809
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,7 @@ from .ffc import FFCResBlock
 from .mae import Priors
 from .priors import ALPHA_INIT, Alpha, ContextualAttention, MaskedPositionEmbedding, PriorAttention, PriorPyramid
 
-# %% ../nbs/06_acr.ipynb #2e83ba92
+# %% ../nbs/06_acr.ipynb #c7a76f92
 @dataclass(frozen=True)
 class ACRConfig:
     "Sizes and choices of the restoration network; the defaults are the released one's."
@@ -39,7 +39,7 @@ class ACRConfig:
         if self.prior_width is None and self.attention == "prior":
             raise FarError("prior attention needs an MAE, but prior_width is None: set attention='none' (LaMa) or a prior_width")
 
-# %% ../nbs/06_acr.ipynb #c4b6afe2
+# %% ../nbs/06_acr.ipynb #57ae78c0
 class _ConvBlock(nn.Module):
     "Convolution or transposed convolution with batch norm and ReLU, kernel 3, stride 2."
 
@@ -52,7 +52,7 @@ class _ConvBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.norm(self.conv(x)))
 
-# %% ../nbs/06_acr.ipynb #22969247
+# %% ../nbs/06_acr.ipynb #eb8744cf
 class ACR(nn.Module):
     "Attention-based CNN restoration (paper Sec. 3.2) of any size; with `prior_width=None` the LaMa baseline."
 
@@ -79,7 +79,7 @@ class ACR(nn.Module):
         "Heights and widths must be multiples of this."
         return 8 if self.pyramid is None else self.config.prior_stride
 
-# %% ../nbs/06_acr.ipynb #45377255
+# %% ../nbs/06_acr.ipynb #402b9938
 def _check_inputs(acr: ACR, image: Tensor, mask: Tensor, priors: Priors | None) -> None:
     height, width = image.shape[-2:]
     if image.ndim != 4 or image.shape[1] != 3 or mask.shape != (len(image), 1, height, width):
@@ -110,7 +110,7 @@ def forward(self: ACR, image: Tensor, mask: Tensor, priors: Priors | None = None
     x = self._attention(self.attention_after, x, mask, priors)
     return self.head(self.up(x)).sigmoid()
 
-# %% ../nbs/06_acr.ipynb #06011353
+# %% ../nbs/06_acr.ipynb #b5958bee
 @patch
 def alphas(self: ACR) -> dict[str, float]:
     "The learnable scalars by name: alpha1 (h/8) … alpha4 (h), attention1, attention2, distance, direction; those that exist."

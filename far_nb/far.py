@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mae_view', 'FAR', 'composite']
 
-# %% ../nbs/10_far.ipynb #0616e432
+# %% ../nbs/10_far.ipynb #777b468d
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from .acr import ACR, ACRConfig
 from .core import FarError, atomic_path, normalise, read_json, write_json
 from .mae import MAE, MAEConfig, Priors
 
-# %% ../nbs/10_far.ipynb #ddfd122f
+# %% ../nbs/10_far.ipynb #0ae76665
 def mae_view(image: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     "Image (B,3,H,W) in [0,1] and mask (B,1,H,W) as the MAE takes them: (B,3,size,size) normalised, (B,1,size,size) with every touched pixel 1."
     if image.shape[-2:] != (size, size):
@@ -28,7 +28,7 @@ def mae_view(image: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
         mask = F.adaptive_max_pool2d(mask, size)
     return normalise(image), mask
 
-# %% ../nbs/10_far.ipynb #e853fbf9
+# %% ../nbs/10_far.ipynb #c6460f13
 class FAR(nn.Module):
     "An MAE's priors and the restoration network that uses them; `mae=None` with an ACR built without priors is LaMa."
 
@@ -63,12 +63,12 @@ class FAR(nn.Module):
         "Raw picture (B,3,H,W) in [0,1]: known pixels are painted too; `composite` puts the originals back."
         return self.acr(image, mask, self.priors(image, mask, mae_image, mae_mask))
 
-# %% ../nbs/10_far.ipynb #d8e91cc0
+# %% ../nbs/10_far.ipynb #c1f0fa42
 def composite(image: Tensor, mask: Tensor, raw: Tensor) -> Tensor:
     "The raw picture inside the hole, the image outside it, bit by bit: all (B,3,H,W), mask (B,1,H,W)."
     return torch.where(mask > 0.5, raw, image)
 
-# %% ../nbs/10_far.ipynb #2ba031fc
+# %% ../nbs/10_far.ipynb #5ba564a4
 @patch
 def save_pretrained(self: FAR, folder: str | Path) -> Path:
     "Write `config.json` and `model.safetensors` into `folder`, atomically; returns the folder."

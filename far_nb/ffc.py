@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['FourierUnit', 'SpectralTransform', 'FFC', 'FFCResBlock']
 
-# %% ../nbs/04_ffc.ipynb #2eccccb8
+# %% ../nbs/04_ffc.ipynb #d4c98f50
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# %% ../nbs/04_ffc.ipynb #c5e75d71
+# %% ../nbs/04_ffc.ipynb #dc767460
 class FourierUnit(nn.Module):
     "1x1 convolution of the spectrum: (B,C,H,W) to (B,C',H,W). LaMa; float32 inside."
 
@@ -28,7 +28,7 @@ class FourierUnit(nn.Module):
             spectrum = spectrum.unflatten(1, (-1, 2)).permute(0, 1, 3, 4, 2).contiguous()             # B C' H W/2+1 2
             return torch.fft.irfft2(torch.view_as_complex(spectrum), s=(H, W), norm="ortho")
 
-# %% ../nbs/04_ffc.ipynb #a0f733fe
+# %% ../nbs/04_ffc.ipynb #a8e38ae0
 class SpectralTransform(nn.Module):
     "1x1 down, Fourier unit with a shortcut, 1x1 up: (B,C,H,W) to (B,C',H,W)."
 
@@ -43,7 +43,7 @@ class SpectralTransform(nn.Module):
         x = self.reduce(x)
         return self.expand(x + self.fourier(x))
 
-# %% ../nbs/04_ffc.ipynb #e54f0e6a
+# %% ../nbs/04_ffc.ipynb #c5b1357c
 class FFC(nn.Module):
     "One FFC layer with batch norm and ReLU on both streams: local (B,L,H,W) and global (B,G,H,W) to the same shapes."
 
@@ -61,7 +61,7 @@ class FFC(nn.Module):
         new_wide = self.local_to_global(local) + self.global_to_global(wide)
         return F.relu(self.norm_local(new_local)), F.relu(self.norm_global(new_wide))
 
-# %% ../nbs/04_ffc.ipynb #683593b8
+# %% ../nbs/04_ffc.ipynb #929f2691
 class FFCResBlock(nn.Module):
     "Two FFC layers and a shortcut, (B,C,H,W) to (B,C,H,W); the first channels are local, `global_ratio` of them global."
 

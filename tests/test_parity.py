@@ -24,6 +24,13 @@ NAMES = ["256_astronaut", "256_coffee", "512_rocket"]
 STEP = {"256_astronaut": 2, "256_coffee": 2, "512_rocket": 4}          # how features and rows were thinned
 
 
+@pytest.fixture(scope="module", autouse=True)
+def two_threads():
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
 def shapes(network: str) -> dict:
     return json.loads((FIXTURES / f"keys_{network}.json").read_text())
 

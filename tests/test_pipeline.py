@@ -1,0 +1,225 @@
+"""`far reproduce --preset smoke` from an empty folder, killed on the way, and everything that must hold afterwards."""
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+from far_nb.cli import _alone, app, main, reproduce
+from far_nb.core import FarError, read_json
+from far_nb.experiments import EXPERIMENTS, PRESETS, TARGETS
+
+FAR = [sys.executable, "-c", "from far_nb.cli import main; main()"]
+COLUMNS = "table,row,metric,paper,measured,ci_low,ci_high,images,preset,dataset,steps,seed,protocol,run"
+OURS = {".lock", "snakemake.log"}          # files that a call may touch although it has nothing to do
+
+
+def modified(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file() and ".snakemake" not in path.parts and path.name not in OURS}
+
+
+@pytest.fixture(scope="session")
+def smoke(tmp_path_factory):
+    """A finished smoke run that was killed with -9 as soon as a training had a checkpoint, and then called again.
+
+    Returns the folder, what the second call said, its seconds, and the checkpoints that the kill left."""
+    out = tmp_path_factory.mktemp("smoke")
+    command = [*FAR, "reproduce", "--preset", "smoke", "--out", str(out)]
+    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    try:
+        deadline = time.monotonic() + 120
+        while not (left := list(out.glob("runs/smoke/*/checkpoints/step-*.pt"))):
+            assert first.poll() is None, first.stdout.read()
+            assert time.monotonic() < deadline, "no checkpoint after two minutes"
+            time.sleep(0.2)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+    first.communicate()
+    began = time.monotonic()
+    second = subprocess.run(command, capture_output=True, text=True, timeout=500)
+    assert second.returncode == 0, second.stdout + second.stderr
+    return out, second.stdout, time.monotonic() - began, left
+
+
+@pytest.fixture
+def copy(smoke, tmp_path):
+    "A copy that a test may break."
+    shutil.copytree(smoke[0], tmp_path / "copy", ignore=shutil.ignore_patterns(".lock", "tb"))
+    return tmp_path / "copy"
+
+
+def call(*arguments: str):
+    return CliRunner().invoke(app, list(map(str, arguments)))
+
+
+def planned(out: Path, capsys, *arguments: str) -> set[str]:
+    "Jobs of a dry run, without its last line (their number)."
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as left:
+        sys.argv, before = ["far", "reproduce", "--preset", "smoke", "--out", str(out), "--dry-run", *arguments], sys.argv
+        try: main()
+        finally: sys.argv = before
+    assert not left.value.code
+    return set(capsys.readouterr().out.splitlines()[:-1])
+
+
+def test_a_killed_call_goes_on(smoke):
+    out, said, _, left = smoke
+    assert left                                                      # the kill came after a checkpoint and before the end
+    assert "done in" in said and f"/{len(EXPERIMENTS) + 7 + len(TARGETS)}]" in said        # 9 trainings, 7 evaluations, 5 targets
+    log = pd.read_csv(left[0].parent.parent / "log.csv")
+    assert log["step"].is_monotonic_increasing and log["step"].is_unique       # resumed, not begun again on top
+
+
+def test_everything_is_there(smoke):
+    out = smoke[0]
+    for number in (3, 4):
+        for suffix in ("csv", "md", "tex"): assert (out / f"figures/smoke/table{number}.{suffix}").stat().st_size > 200
+    for number in (3, 5, 6):
+        assert (out / f"figures/smoke/figure{number}.png").read_bytes().startswith(b"\x89PNG")
+        assert (out / f"figures/smoke/figure{number}.pdf").read_bytes().startswith(b"%PDF")
+    for name, experiment in EXPERIMENTS.items():
+        run = out / "runs/smoke" / f"{name}-s0"
+        expected = {"options.json", "train.ipynb", "train.json", "log.csv", "model/model.safetensors", "model/config.json"}
+        if experiment.kind == "far": expected |= {"evaluate.ipynb", "metrics.json", "eval.csv"}
+        for file in expected: assert (run / file).exists(), f"{run.name} lacks {file}"
+        assert list(run.glob("checkpoints/*.pt"))
+    assert not [path for path in out.rglob("*") if path.suffix in (".part", ".log") and path.name not in OURS and ".snakemake" not in path.parts]
+
+
+def test_executed_notebooks_are_kept_with_pictures_and_without_errors(smoke):
+    notebooks = [path for path in (smoke[0] / "runs/smoke").rglob("*.ipynb")]
+    assert len(notebooks) == len(EXPERIMENTS) + 7 + len(TARGETS)
+    for path in notebooks:
+        outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
+        assert outputs and not [output for output in outputs if output.output_type == "error"], path
+        if path.name == "train.ipynb" or path.name.startswith("figure"):
+            assert any("image/png" in output.get("data", {}) for output in outputs), path
+
+
+@pytest.mark.parametrize("number", [3, 4])
+def test_table_cells_are_those_of_the_runs(smoke, number):
+    out = smoke[0]
+    path = out / f"figures/smoke/table{number}.csv"
+    assert path.read_text().splitlines()[0] == COLUMNS
+    frame = pd.read_csv(path)
+    rows = {row: name for name, experiment in EXPERIMENTS.items() for table, row in experiment.rows if table == number}
+    assert set(frame["row"]) == set(rows) and set(frame["table"]) == {number}
+    for row, name in rows.items():
+        measured = {(entry["metric"], entry["protocol"]): entry for entry in read_json(out / f"runs/smoke/{name}-s0/metrics.json")["metrics"]}
+        lines = frame[frame["row"] == row]
+        assert {(line.metric, line.protocol) for line in lines.itertuples()} >= set(measured)
+        for line in lines.itertuples():
+            entry = measured[line.metric, line.protocol]
+            assert (line.preset, line.seed, line.run, line.images, line.steps) == ("smoke", 0, f"{name}-s0", 16, 10)
+            if entry["value"] is None: assert pd.isna(line.measured) and entry["reason"]
+            else: assert line.measured == entry["value"]
+        for metric in ("PSNR", "SSIM", "FID (lite0)", "LPIPS (lite0)"):
+            assert lines[lines["metric"] == metric]["measured"].notna().all() and (lines["metric"] == metric).any(), (row, metric)
+        for metric in ("PSNR", "SSIM", "LPIPS (lite0)"):
+            ours = lines[lines["metric"] == metric]
+            assert (ours["ci_low"] <= ours["measured"]).all() and (ours["measured"] <= ours["ci_high"]).all()
+        assert lines[lines["metric"].isin(["PSNR", "SSIM", "FID", "LPIPS"]) & (lines["protocol"] == "paper")]["paper"].notna().all()
+
+
+def test_metrics_say_where_they_come_from(smoke):
+    metrics = [read_json(path) for path in (smoke[0] / "runs/smoke").glob("*/metrics.json")]
+    assert len(metrics) == 7 and len({entry["data_hash"] for entry in metrics}) == 1           # the same pictures and masks for all
+    for entry in metrics:
+        assert entry["run"] == f"{entry['experiment']}-s0" and entry["preset"] == "smoke" and entry["dataset"] == "sample-scenes"
+        assert {"git_commit", "created", "versions"} <= set(entry["provenance"])
+
+
+def test_a_second_call_does_nothing_and_says_so(smoke):
+    out = smoke[0]
+    before, began = modified(out), time.monotonic()
+    again = call("reproduce", "--preset", "smoke", "--out", out)
+    assert again.exit_code == 0 and "nothing to do" in again.stdout
+    assert modified(out) == before
+    assert time.monotonic() - began < 15                # Snakemake's start; seconds on a free machine
+
+
+def test_a_changed_option_repeats_what_stands_on_it_and_nothing_else(copy, capsys, monkeypatch):
+    def change(name: str, **options) -> None:
+        experiment = EXPERIMENTS[name]
+        monkeypatch.setitem(EXPERIMENTS, name, replace(experiment, options={**experiment.options, **options}))
+
+    assert planned(copy, capsys) == set()
+    change("far-contextual", coordinates=False)
+    table4 = {"train_far far-contextual-s0", "evaluate far-contextual-s0", "table table4"}
+    assert planned(copy, capsys) == table4
+    change("far-contextual", coordinates=True)                   # back to what the run was made with
+    assert planned(copy, capsys) == set()
+    change("mae-random", norm_pix=True)
+    assert planned(copy, capsys) == {"pretrain_mae mae-random-s0", "train_far far-random-s0", "evaluate far-random-s0", "table table4"}
+    monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], test_images=8))          # no training, except that of mae-random
+    jobs = planned(copy, capsys)
+    assert sum(job.startswith("evaluate") for job in jobs) == 7 and {"table table3", "table table4"} <= jobs
+    assert {job for job in jobs if job.startswith(("train_far", "pretrain_mae"))} == {"pretrain_mae mae-random-s0", "train_far far-random-s0"}
+
+
+def test_a_deleted_run_is_repeated(copy, capsys):
+    shutil.rmtree(copy / "runs/smoke/far-random-s0")
+    assert planned(copy, capsys) == {"train_far far-random-s0", "evaluate far-random-s0", "table table4"}
+    assert planned(copy, capsys, "--only", "table3,figure5") == set()
+
+
+def test_only_runs_what_its_targets_need(tmp_path, capsys):
+    assert planned(tmp_path, capsys, "--only", "figure3") == {"figure figure3"}
+    jobs = planned(tmp_path, capsys, "--only", "table3")
+    assert "table table3" in jobs and not {job for job in jobs if "random" in job or "contextual" in job or "far-s0" in job or "figure" in job}
+    assert sum(job.startswith("pretrain_mae") for job in jobs) == 1 and sum(job.startswith("train_far") for job in jobs) == 4
+
+
+def test_a_failed_run_fails_its_table_and_no_other(copy, capfd):
+    (copy / "runs/smoke/mae-random-s0/model/model.safetensors").write_bytes(b"torn")
+    (copy / "runs/smoke/far-random-s0/train.json").unlink()
+    (copy / "figures/smoke/table3.csv").unlink()
+    assert reproduce("smoke", copy, "table3,table4", jobs=2) == 1
+    said = capfd.readouterr()
+    failure = [line for line in said.err.splitlines() if "far-random-s0" in line][0]
+    notebook = Path(re.search(r"\S+train\.ipynb", failure)[0])
+    assert notebook == copy / "runs/smoke/far-random-s0/train.ipynb"
+    assert any(output.output_type == "error" for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", []))
+    assert (copy / "figures/smoke/table3.csv").exists() and "Traceback" not in said.err
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["--preset", "huge"], "smoke"),
+    (["--only", "table4,figure33"], "figure33"),
+    (["--preset", "small"], "--data"),
+    (["--data", "/no/such/pictures"], "/no/such/pictures"),
+    (["--jobs", "0"], "--jobs"),
+])
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path, capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr(sys, "argv", ["far", "reproduce", "--out", str(tmp_path), *arguments])
+    with pytest.raises(SystemExit) as left: main()
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.strip().splitlines()) == 1 and said in error
+    assert not list(tmp_path.rglob("*.json"))                    # before anything was written
+
+
+def test_the_command_itself_reports_a_mistake_without_a_traceback(tmp_path):
+    done = subprocess.run([*FAR, "reproduce", "--preset", "huge", "--out", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def test_two_calls_on_one_folder_do_not_mix(tmp_path, monkeypatch):
+    monkeypatch.setattr("far_nb.cli.time.sleep", lambda seconds: None)
+    with _alone(tmp_path / "runs/smoke"), pytest.raises(FarError, match=str(os.getpid())): reproduce("smoke", tmp_path)
+
+
+def test_help_fits_80_columns():
+    for command in ([], ["reproduce"], ["inpaint"], ["evaluate"]):
+        shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+        assert shown.exit_code == 0 and max(map(len, shown.stdout.splitlines())) <= 80
