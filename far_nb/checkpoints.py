@@ -6,7 +6,7 @@
 __all__ = ['keys', 'mae_config', 'acr_config', 'load_exactly', 'from_released', 'to_released', 'discriminator_from_released',
            'load_released']
 
-# %% ../nbs/11_checkpoints.ipynb #b6765f77
+# %% ../nbs/11_checkpoints.ipynb #5cd55b39
 import re
 
 from pathlib import Path
@@ -21,7 +21,7 @@ from .discriminator import PatchDiscriminator
 from .far import FAR
 from .mae import MAE, MAEConfig
 
-# %% ../nbs/11_checkpoints.ipynb #1c8d17a7
+# %% ../nbs/11_checkpoints.ipynb #b2e50625
 _NAMES = [  # released (ours beside it); {0} is a number, {1} what follows
     ("G.conv1.", "acr.stem."), ("G.bn1.", "acr.stem_norm."), ("G.convt4.", "acr.head."),
     *[(f"G.conv{level + 2}.", f"acr.down.{level}.conv.") for level in range(3)],
@@ -52,7 +52,7 @@ def _rename(key: str, names: list[tuple[str, str]], back: bool) -> str | None:
         if key.startswith(old) and (old.endswith(".") or key == old): return new + key[len(old):]
     return None
 
-# %% ../nbs/11_checkpoints.ipynb #df3b437a
+# %% ../nbs/11_checkpoints.ipynb #65eabc6b
 def keys(key: str, back: bool = False) -> str | None:
     "Our name of a released FAR key (`mae.…`, `acr.G.…`, `acr.GCs.…`), or with `back=True` the other way; None for an unknown one."
     if key.startswith("mae."): return key
@@ -62,7 +62,7 @@ def keys(key: str, back: bool = False) -> str | None:
         name = name.replace(ours, released) if back else name.replace(released, ours)
     return "acr." + name if back else name
 
-# %% ../nbs/11_checkpoints.ipynb #99126843
+# %% ../nbs/11_checkpoints.ipynb #b027ee97
 def _depth(state: Mapping[str, Tensor], prefix: str) -> int:
     return 1 + max((int(match[1]) for key in state if (match := re.match(re.escape(prefix) + r"(\d+)\.", key))), default=-1)
 
@@ -84,7 +84,7 @@ def acr_config(state: Mapping[str, Tensor], grid: int) -> ACRConfig:
                      attention="prior" if "acr.attention_before.alpha.value" in state else "none",
                      alpha="zero" if "acr.pyramid.alphas.0.value" in state else "none", masked_position="acr.position.distance" in state)
 
-# %% ../nbs/11_checkpoints.ipynb #e2c77c06
+# %% ../nbs/11_checkpoints.ipynb #e5212d53
 def load_exactly(module: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     "Give `module` the tensors of `state` (not copied); a `FarError` lists the first five missing, extra and mis-shaped keys, with shapes."
     own = module.state_dict()
@@ -112,7 +112,7 @@ def from_released(state_dict: Mapping[str, Tensor]) -> FAR:
     load_exactly(far, state, "the released checkpoint")
     return far.eval()
 
-# %% ../nbs/11_checkpoints.ipynb #69baa081
+# %% ../nbs/11_checkpoints.ipynb #5691edbf
 def to_released(far: FAR) -> dict[str, Tensor]:
     "The model's tensors under the released names: the inverse of `from_released`."
     return {keys(key, back=True): value for key, value in far.state_dict().items()}
@@ -125,7 +125,7 @@ def discriminator_from_released(state_dict: Mapping[str, Tensor]) -> PatchDiscri
     load_exactly(discriminator, renamed, "the released discriminator")
     return discriminator.eval()
 
-# %% ../nbs/11_checkpoints.ipynb #e2fda63d
+# %% ../nbs/11_checkpoints.ipynb #842bd7f3
 def load_released(path: str | Path) -> FAR:
     "FAR from the released Lightning checkpoint (`state_dict` with `mae.*` and `acr.*`); pickles that hold code are refused."
     try:

@@ -6,7 +6,8 @@ import torch
 
 from far_nb.core import read_json
 from far_nb.data import InpaintingDataset, sample_objects, sample_scenes
-from far_nb.experiments import build_discriminator, build_far, build_mae, get_experiment, get_preset, train_config
+from far_nb.acr import ACR
+from far_nb.experiments import build_discriminator, build_mae, get_experiment, get_preset, train_config
 from far_nb.far import FAR
 from far_nb.mae import MAE
 from far_nb.masks import MaskSampler
@@ -49,7 +50,7 @@ def test_one_full_size_step_of_each_stage(tmp_path):
     assert moved(before, trained.state_dict()) > 0.9                  # all but the two frozen position tables
     for checkpoint in (tmp_path / "mae" / "checkpoints").iterdir(): checkpoint.unlink()
 
-    far, discriminator = build_far(PAPER, get_experiment("far"), trained), build_discriminator(PAPER)
+    far, discriminator = FAR(trained, ACR(PAPER.acr)), build_discriminator(PAPER)
     counts = [sum(p.numel() for p in module.parameters()) for module in (far.acr, discriminator)]
     assert counts == [27_049_795 + 13_938_696, 6_962_369]
     before = {key: value.clone() for key, value in far.acr.state_dict().items()}

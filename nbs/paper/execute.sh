@@ -1,0 +1,16 @@
+# execute.sh PYTHON RULE NAME NOTEBOOK EXECUTED PARAMETERS...: one job of the Snakefile, a notebook run by papermill.
+# The executed notebook is kept when a cell fails too, since it holds the traceback; the log stays only after a failure, for
+# the case that papermill or the kernel itself died. `far reproduce` reads the lines that begin with @far.
+set -u
+export PYTHONWARNINGS="ignore:IProgress not found"      # progress bars are text here, and need no widgets
+python=$1 rule=$2 name=$3 notebook=$4 executed=$5 code=0
+shift 5
+mkdir -p "$(dirname "$executed")"
+echo "@far start $rule $name 0 0 $executed"
+# Papermill takes three seconds to start, of which the grammar of an optional check of web addresses takes two: leave that out.
+papermill='import sys; sys.modules["rfc3987_syntax"] = None; from papermill.cli import papermill; papermill()'
+"$python" -c "$papermill" "$notebook" "$executed.part" --kernel python3 --no-progress-bar "$@" </dev/null >"$executed.log" 2>&1 || code=$?
+if [ -e "$executed.part" ]; then mv -f "$executed.part" "$executed"; fi
+if [ $code = 0 ]; then rm -f "$executed.log"; fi
+echo "@far end $rule $name $code $SECONDS $executed"
+exit $code
