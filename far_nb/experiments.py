@@ -8,7 +8,7 @@ __all__ = ['PLACES2_IMAGES', 'PRESETS', 'EXPERIMENTS', 'TARGETS', 'Preset', 'get
            'build_discriminator', 'build_data', 'build_test_set', 'check_sources', 'run_name', 'run_options',
            'json_plain', 'write_if_changed', 'make_plan', 'write_plan', 'begin_run']
 
-# %% ../nbs/15_experiments.ipynb #6e1b7a69
+# %% ../nbs/15_experiments.ipynb #a0a06c30
 import shutil
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
@@ -27,7 +27,7 @@ from .masks import MaskSampler
 from .perceptual import HRFLoss, find_weights
 from .training import TrainConfig
 
-# %% ../nbs/15_experiments.ipynb #149b34c1
+# %% ../nbs/15_experiments.ipynb #08afd612
 @dataclass(frozen=True)
 class Preset:
     "Sizes, steps and batches of one scale of the whole paper. `dataset` or `masks` None: the user names them (`--data`, `--masks`)."
@@ -49,7 +49,7 @@ class Preset:
     far_crop: str = "resized"
     purpose: str = ""
 
-# %% ../nbs/15_experiments.ipynb #5c64cd54
+# %% ../nbs/15_experiments.ipynb #4f3831d4
 PLACES2_IMAGES = 1_803_460
 _epoch = PLACES2_IMAGES // 512           # 3,522 steps of 512 pictures
 
@@ -70,7 +70,7 @@ _paper = Preset(
     dataset=None, masks=None, far_crop="center",
     test_images=500, eval_images=500)    # the ablations' 500 validation pictures
 
-# %% ../nbs/15_experiments.ipynb #3f86a8e3
+# %% ../nbs/15_experiments.ipynb #1f432ac5
 def _milestones(steps: int) -> tuple[int, ...]:
     "The paper's four halvings at the same fractions of a shorter training."
     return tuple(round(steps * at / 850_000) for at in (200_000, 400_000, 600_000, 800_000))
@@ -84,7 +84,7 @@ def _mae_train(steps: int, batch_size: int, **options: Any) -> TrainConfig:
 def _far_train(steps: int, batch_size: int, **options: Any) -> TrainConfig:
     return TrainConfig(steps=steps, batch_size=batch_size, milestones=_milestones(steps), **options)
 
-# %% ../nbs/15_experiments.ipynb #5efccbac
+# %% ../nbs/15_experiments.ipynb #88378ae7
 _smoke = Preset(
     "smoke", image_size=64, purpose="every rule runs once: minutes",
     mae=MAEConfig(64, 8, width=32, depth=2, heads=2, decoder_width=32, decoder_depth=2, decoder_heads=2),
@@ -97,9 +97,9 @@ _smoke = Preset(
 _tiny = Preset(
     "tiny", image_size=64, purpose="every table and figure from the sample photographs on a CPU",
     mae=MAEConfig(64, 8, width=96, depth=3, heads=4, decoder_width=96, decoder_depth=3, decoder_heads=4),
-    acr=ACRConfig(width=16, blocks=3, prior_width=96, prior_stride=8, grid=8),
+    acr=ACRConfig(width=12, blocks=3, prior_width=96, prior_stride=8, grid=8),
     discriminator_width=16, perceptual="lite0",
-    mae_train=_mae_train(1200, 32, lr=2e-3, log_every=10, sample_every=400, save_every=200),
+    mae_train=_mae_train(1000, 32, lr=2e-3, log_every=10, sample_every=500, save_every=200),
     far_train=_far_train(400, 8, channels_last=True, log_every=10, eval_every=50, sample_every=100, save_every=100),
     test_images=128, eval_images=48)
 
@@ -120,7 +120,7 @@ def get_preset(name: str) -> Preset:
     "The preset `name`; an unknown one is a `FarError` that lists them."
     return PRESETS[require_choice("preset", name, list(PRESETS))]
 
-# %% ../nbs/15_experiments.ipynb #217a2f28
+# %% ../nbs/15_experiments.ipynb #2490f365
 @dataclass(frozen=True)
 class Experiment:
     "One run: how it differs from the full model, the MAE it stands on, and where it appears."
@@ -134,7 +134,7 @@ class Experiment:
     ablation: bool = True                          # trained for the preset's ablation_steps
     about: str = ""
 
-# %% ../nbs/15_experiments.ipynb #d72d63fc
+# %% ../nbs/15_experiments.ipynb #be08585c
 _ALPHA, _SHEET = "figure5", "figure6"
 _ABLATION = {"masked_position": False}    # the paper's ablations do not have the released code's position codes
 
@@ -160,7 +160,7 @@ def get_experiment(name: str) -> Experiment:
     "The experiment `name`; an unknown one is a `FarError` that lists them."
     return EXPERIMENTS[require_choice("experiment", name, list(EXPERIMENTS))]
 
-# %% ../nbs/15_experiments.ipynb #78954e90
+# %% ../nbs/15_experiments.ipynb #6e0d7134
 TARGETS: tuple[str, ...] = ("table3", "table4", "figure3", "figure5", "figure6")
 
 
@@ -187,7 +187,7 @@ def parse_targets(only: str | None) -> list[str]:
     if not names: raise FarError(f"--only names no table or figure: choose from {', '.join(TARGETS)}")
     return list(dict.fromkeys(require_choice("table or figure", name, TARGETS) for name in names))
 
-# %% ../nbs/15_experiments.ipynb #f9aaf149
+# %% ../nbs/15_experiments.ipynb #010d717a
 def train_config(preset: Preset, experiment: Experiment, seed: int = 0) -> TrainConfig:
     "The preset's training, with the run's seed and (for an ablation) the ablation's steps."
     if experiment.kind == "mae": return replace(preset.mae_train, seed=seed)
@@ -222,7 +222,7 @@ def build_discriminator(preset: Preset, seed: int = 0) -> PatchDiscriminator:
         torch.manual_seed(seed)
         return PatchDiscriminator(preset.discriminator_width)
 
-# %% ../nbs/15_experiments.ipynb #9629ec04
+# %% ../nbs/15_experiments.ipynb #f79df854
 def build_data(preset: Preset, experiment: Experiment, seed: int = 0, data: str | None = None, masks: str | None = None) -> InpaintingDataset:
     "Training pictures with their masks; `data` and `masks` stand for the preset's own where given."
     sampler = MaskSampler(preset.image_size, open_masks(masks or preset.masks))
@@ -242,7 +242,7 @@ def _source(preset: Preset, data: str | None) -> str:
         raise FarError(f"preset {preset.name} has no pictures of its own: name a folder, a .txt list or .tar shards with --data")
     return data or preset.dataset
 
-# %% ../nbs/15_experiments.ipynb #7cef5f32
+# %% ../nbs/15_experiments.ipynb #a47910d6
 def check_sources(preset: Preset, data: str | None = None, masks: str | None = None, test_masks: str | None = None) -> dict[str, str]:
     "The sources that the user named, absolute, after opening each; a `FarError` for one that is absent, unreadable or empty, and for absent weights."
     _source(preset, data)
@@ -259,7 +259,7 @@ def check_sources(preset: Preset, data: str | None = None, masks: str | None = N
             raise FarError(f"{named[key]} does not exist: {option} takes a folder or .tar of masks")
     return named
 
-# %% ../nbs/15_experiments.ipynb #cab30689
+# %% ../nbs/15_experiments.ipynb #0d5f7df5
 def run_name(experiment: str, seed: int) -> str:
     "Folder of a run under runs/PRESET."
     return f"{experiment}-s{seed}"
@@ -286,7 +286,7 @@ def json_plain(value: Any) -> Any:
     if isinstance(value, dict): return {str(key): json_plain(item) for key, item in value.items()}
     return [json_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/15_experiments.ipynb #74940938
+# %% ../nbs/15_experiments.ipynb #4017cfa1
 def write_if_changed(path: str | Path, content: Any) -> bool:
     "Write JSON unless the file already says the same; True when written. An unread or torn file counts as different."
     path = Path(path)
@@ -297,7 +297,7 @@ def write_if_changed(path: str | Path, content: Any) -> bool:
     write_json(path, content)
     return True
 
-# %% ../nbs/15_experiments.ipynb #a1ba62fb
+# %% ../nbs/15_experiments.ipynb #8a6d4056
 def make_plan(preset: Preset, seeds: Sequence[int] = (0,), **sources: str | None) -> dict[str, Any]:
     "Runs (with what they stand on) and targets (with the runs' files they read) of a preset, paths relative to runs/PRESET."
     runs, targets = {}, {target: [] for target in TARGETS}
@@ -324,7 +324,7 @@ def write_plan(runs: str | Path, preset: Preset, seeds: Sequence[int] = (0,), **
     write_if_changed(runs / "plan.json", plan)
     return runs / "plan.json"
 
-# %% ../nbs/15_experiments.ipynb #b236ae76
+# %% ../nbs/15_experiments.ipynb #1d205967
 _LEFTOVERS = ("checkpoints", "model", "samples", "tb", "log.csv", "eval.csv", "train.json", "metrics.json")
 
 

@@ -6,7 +6,7 @@
 __all__ = ['MAEConfig', 'Priors', 'patchify', 'unpatchify', 'gather_visible', 'scatter_visible', 'decoder_layer', 'MAE',
            'patch_fraction', 'pretraining_pixels']
 
-# %% ../nbs/03_mae.ipynb #5ec0e080
+# %% ../nbs/03_mae.ipynb #9b87fbb5
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from .core import FarError, atomic_path, read_json, write_json
 from .masks import patch_mask
 
-# %% ../nbs/03_mae.ipynb #4fe3b594
+# %% ../nbs/03_mae.ipynb #fa7c1816
 @dataclass(frozen=True)
 class MAEConfig:
     "Sizes of a masked autoencoder; the defaults are the paper's (ViT-B/16 at 256 px, 111,982,592 parameters)."
@@ -55,13 +55,13 @@ class MAEConfig:
         "Tokens per side."
         return self.image_size // self.patch_size
 
-# %% ../nbs/03_mae.ipynb #8b917847
+# %% ../nbs/03_mae.ipynb #a1bbe976
 class Priors(NamedTuple):
     "What the MAE gives the restoration network for one batch."
     features: Tensor     # (B, C, g, g): decoder output before the pixel head
     attention: Tensor    # (B, L, L): row = query token, column = token attended to; rows sum to 1
 
-# %% ../nbs/03_mae.ipynb #6b5be3cc
+# %% ../nbs/03_mae.ipynb #64054354
 def patchify(image: Tensor, patch: int) -> Tensor:
     "(B,C,H,W) to (B,L,patch*patch*C); row, column, channel within a patch."
     B, C, H, W = image.shape
@@ -76,7 +76,7 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
     tiles = tokens.reshape(B, grid, grid, patch, patch, C)                           # B h w p q C
     return tiles.permute(0, 5, 1, 3, 2, 4).reshape(B, C, grid * patch, grid * patch)
 
-# %% ../nbs/03_mae.ipynb #80869c04
+# %% ../nbs/03_mae.ipynb #d4b08306
 def gather_visible(tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Visible tokens of (B,L,D) packed to the batch's longest row: (B,N,D), and the key mask (B,1,1,N), True = attend.
 
@@ -98,7 +98,7 @@ def scatter_visible(packed: Tensor, token_mask: Tensor, filler: Tensor) -> Tenso
     spread = packed.gather(1, position[..., None].expand(-1, -1, packed.shape[-1]))
     return torch.where(token_mask[..., None], filler.to(spread.dtype), spread)
 
-# %% ../nbs/03_mae.ipynb #74447047
+# %% ../nbs/03_mae.ipynb #9a746936
 def decoder_layer(block: Block, tokens: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
     """One decoder block and its attention prior, from one set of logits.
 
@@ -116,7 +116,7 @@ def decoder_layer(block: Block, tokens: Tensor, excluded: Tensor) -> tuple[Tenso
     prior = logits.masked_fill(excluded[:, None, None], float("-inf")).softmax(-1).mean(1)
     return tokens, prior
 
-# %% ../nbs/03_mae.ipynb #11586378
+# %% ../nbs/03_mae.ipynb #43f3ad54
 class MAE(nn.Module):
     "Masked autoencoder (paper Sec. 3.1) of any size; parameter names are those of the released weights."
 
@@ -149,7 +149,7 @@ class MAE(nn.Module):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
 
-# %% ../nbs/03_mae.ipynb #84b293d0
+# %% ../nbs/03_mae.ipynb #4b76ef32
 @patch
 def _masked_tokens(self: MAE, image: Tensor, mask: Tensor | None) -> Tensor:
     "Decoder input for masked tokens: the mask token (1,1,D), or (B,L,D) with partly masked patches re-encoded."
@@ -157,7 +157,7 @@ def _masked_tokens(self: MAE, image: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         raise FarError("a partially-masked MAE needs the pixel mask (B,1,S,S): pass mask=")
     embedded = self.decoder_patch_embed(torch.cat([image * (1 - mask), mask], 1))   # (B,L,D)
-    alpha = self.alpha.clamp(0, 1)
+    alpha = self.alpha.clamp(0, 1).detach() + self.alpha - self.alpha.detach()      # clamped; a clamp's own gradient is 0 at 1, where α starts
     part = patch_fraction(mask, self.config.patch_size) < 1                          # (B,L): some pixel is known
     return torch.where(part[..., None], alpha * self.mask_token + (1 - alpha) * embedded, self.mask_token)
 
@@ -175,7 +175,7 @@ def patch_fraction(mask: Tensor, patch: int) -> Tensor:
     "Masked share of each patch (B,L) in [0,1], for a mask (B,1,H,W) of zeros and ones."
     return F.avg_pool2d(mask.float(), patch).flatten(1)
 
-# %% ../nbs/03_mae.ipynb #e898cc2f
+# %% ../nbs/03_mae.ipynb #e179c7d1
 @patch
 def forward(self: MAE, image: Tensor, token_mask: Tensor, mask: Tensor | None = None) -> Tensor:
     "Predicted patches (B,L,3*P*P) for a normalised image (B,3,S,S) and masked tokens (B,L)."
@@ -207,7 +207,7 @@ def loss(self: MAE, image: Tensor, token_mask: Tensor, mask: Tensor | None = Non
     weight = patchify(pixels.expand(-1, 3, -1, -1), patch)
     return ((self(image, token_mask, pixels) - target).square() * weight).sum() / weight.sum()
 
-# %% ../nbs/03_mae.ipynb #7d21c5b3
+# %% ../nbs/03_mae.ipynb #12661c86
 @patch
 def _check(self: MAE, image: Tensor, mask: Tensor) -> Tensor:
     "Token mask (B,L) of a pixel mask; raises when sizes are off or a picture has no known patch left."
@@ -248,7 +248,7 @@ def priors(self: MAE, image: Tensor, mask: Tensor) -> Priors:
     grid = self.config.grid
     return Priors(features.transpose(1, 2).reshape(len(image), -1, grid, grid), total / self.config.decoder_depth)
 
-# %% ../nbs/03_mae.ipynb #5cc51f18
+# %% ../nbs/03_mae.ipynb #1063f7f0
 @patch
 def save_pretrained(self: MAE, folder: str | Path) -> Path:
     "Write `config.json` and `model.safetensors` into `folder`, atomically; returns the folder."

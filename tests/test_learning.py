@@ -13,7 +13,7 @@ from far_nb.perceptual import perceptual_loss
 from far_nb.training import pretrain_mae, train_far
 
 TINY = get_preset("tiny")
-STEPS = {"mae": 150, "far": 260}          # enough for a clear margin; the preset itself trains longer
+STEPS = {"mae": 150, "far": 200}          # enough for a clear margin; the preset itself trains longer
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -26,8 +26,7 @@ def test_every_notebook_runs():
     result = run(TOOLS / "nbdev_test", "--n_workers", "2", "--timing", OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", MPLBACKEND="agg")
     report = result.stdout + result.stderr
     assert result.returncode == 0, report[-6000:]
-    seconds = {name: float(took) for name, took in re.findall(r"(\S+\.ipynb) took (\S+?) ?s", report)} or dict(re.findall(r"(\w+\.ipynb).*?(\d+\.\d+)", report))
-    print(seconds)
+    print(report)
 
 
 def test_package_is_what_the_notebooks_export(tmp_path):
