@@ -259,12 +259,13 @@ def evaluate_method(method: str, data: str = "sample-scenes", size: int = 256, c
                     seed: int = 0, out: Path | None = None) -> dict[str, Any]:
     "Metrics of a method, or of a folder of inpainted pictures, on fixed test pictures; written to `out` as JSON when given."
     from far_nb.core import write_json
-    from far_nb.data import test_set
+    from far_nb.data import SPLITS, test_set
     from far_nb.evaluation import evaluate
     from far_nb.inpaint import get_method
     folder = Path(method)
     ready = get_method(f"folder:{method}" if folder.is_dir() and not (folder / "config.json").exists() else method)
-    test = test_set(data, size, count, masks=test_masks)
+    divided = data.startswith("sample-") or "{split}" in data or any((Path(data) / part).is_dir() for part in SPLITS)
+    test = test_set(data, size, count, split="test" if divided else "all", masks=test_masks)      # a plain folder is measured whole
     metrics = evaluate(ready, test["images"], test["masks"], names=test["names"], seed=seed, run=ready.name, dataset=data, data_hash=test["hash"])
     if out: write_json(out, metrics)
     return metrics

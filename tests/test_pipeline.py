@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import nbformat
+import numpy as np
 import pandas as pd
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
-from far_nb.cli import _alone, app, main, reproduce
+from far_nb.cli import _alone, app, evaluate_method, main, reproduce
 from far_nb.core import FarError, read_json
 from far_nb.experiments import EXPERIMENTS, PRESETS, TARGETS
 
@@ -223,3 +225,10 @@ def test_help_fits_80_columns():
     for command in ([], ["reproduce"], ["inpaint"], ["evaluate"]):
         shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
         assert shown.exit_code == 0 and max(map(len, shown.stdout.splitlines())) <= 80
+
+
+def test_a_plain_folder_is_measured_whole(tmp_path):
+    "Without train/val/test sub-folders nothing is held out from `far evaluate`."
+    rng = np.random.default_rng(0)
+    for index in range(6): Image.fromarray(rng.integers(0, 256, (40, 48, 3), dtype=np.uint8)).save(tmp_path / f"{index}.png")
+    assert evaluate_method("mean", str(tmp_path), size=32, count=100)["images"] == 6

@@ -2,7 +2,6 @@
 # The executed notebook is kept when a cell fails too, since it holds the traceback; the log stays only after a failure, for
 # the case that papermill or the kernel itself died. `far reproduce` reads the lines that begin with @far.
 set -u
-export PYTHONWARNINGS="ignore:IProgress not found"      # progress bars are text here, and need no widgets
 python=$1 rule=$2 name=$3 notebook=$4 executed=$5 code=0
 shift 5
 mkdir -p "$(dirname "$executed")"
