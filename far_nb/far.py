@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['mae_view', 'FAR', 'composite']
 
-# %% ../nbs/10_far.ipynb #777b468d
+# %% ../nbs/10_far.ipynb #8308781f
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,17 +18,19 @@ from torch import Tensor, nn
 from .acr import ACR, ACRConfig
 from .core import FarError, atomic_path, normalise, read_json, write_json
 from .mae import MAE, MAEConfig, Priors
+from .masks import shrink_mask
 
-# %% ../nbs/10_far.ipynb #0ae76665
+# %% ../nbs/10_far.ipynb #9e5f3ec8
 def mae_view(image: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    "Image (B,3,H,W) in [0,1] and mask (B,1,H,W) as the MAE takes them: (B,3,size,size) normalised, (B,1,size,size) with every touched pixel 1."
+    "Image (B,3,H,W) in [0,1] and mask (B,1,H,W) as the MAE takes them: known pixels resized to (B,3,size,size), normalised; mask (B,1,size,size)."
     if image.shape[-2:] != (size, size):
-        shrinks = min(image.shape[-2:]) >= size
-        image = F.interpolate(image, (size, size), mode="area") if shrinks else F.interpolate(image, (size, size), mode="bilinear", antialias=True)
-        mask = F.adaptive_max_pool2d(mask, size)
+        resize = {"mode": "area"} if min(image.shape[-2:]) >= size else {"mode": "bilinear", "antialias": True}
+        share = F.interpolate(1 - mask, (size, size), **resize)                       # of known pixels
+        image = F.interpolate(image * (1 - mask), (size, size), **resize) / share.clamp(min=1e-6)
+        mask = shrink_mask(mask, size)
     return normalise(image), mask
 
-# %% ../nbs/10_far.ipynb #c6460f13
+# %% ../nbs/10_far.ipynb #8f5b7130
 class FAR(nn.Module):
     "An MAE's priors and the restoration network that uses them; `mae=None` with an ACR built without priors is LaMa."
 
@@ -63,12 +65,12 @@ class FAR(nn.Module):
         "Raw picture (B,3,H,W) in [0,1]: known pixels are painted too; `composite` puts the originals back."
         return self.acr(image, mask, self.priors(image, mask, mae_image, mae_mask))
 
-# %% ../nbs/10_far.ipynb #c1f0fa42
+# %% ../nbs/10_far.ipynb #919c39d4
 def composite(image: Tensor, mask: Tensor, raw: Tensor) -> Tensor:
     "The raw picture inside the hole, the image outside it, bit by bit: all (B,3,H,W), mask (B,1,H,W)."
     return torch.where(mask > 0.5, raw, image)
 
-# %% ../nbs/10_far.ipynb #5ba564a4
+# %% ../nbs/10_far.ipynb #5e0d8d2a
 @patch
 def save_pretrained(self: FAR, folder: str | Path) -> Path:
     "Write `config.json` and `model.safetensors` into `folder`, atomically; returns the folder."

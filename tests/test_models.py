@@ -176,6 +176,20 @@ def test_the_mae_never_sees_the_hole():
     assert mae_view(image, mask, 64)[1].mean() >= mask.mean()
 
 
+def test_fine_lines_over_the_whole_picture():
+    "A hole that touches every pixel of the MAE's small picture leaves it the averages of known pixels."
+    torch.manual_seed(0)
+    far = FAR(MAE(SMALL), ACR(PAINTER)).eval()
+    image, mask = torch.rand(2, 3, 256, 256), torch.zeros(2, 1, 256, 256)
+    mask[0, :, ::4] = 1                                                     # touches every one of the 64 x 64
+    mask[1, :, :128] = 1
+    scribbled = torch.where(mask.bool(), torch.rand_like(image), image)
+    view, small = mae_view(image, mask, 64)
+    assert torch.equal(view, mae_view(scribbled, mask, 64)[0]) and small[0].max() == 0 and small[1].mean() == 0.5
+    with torch.no_grad():
+        assert far(image, mask).isfinite().all()
+
+
 @pytest.mark.parametrize("make, message", [
     (lambda: FAR(None, ACR(PAINTER)), "needs an MAE"),
     (lambda: FAR(MAE(SMALL), ACR(replace(PAINTER, grid=4))), "grid of 8"),
