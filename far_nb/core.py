@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'FarError', 'require_choice', 'rng', 'atomic_path', 'write_json', 'read_json',
-           'provenance', 'normalise', 'denormalise', 'show_images']
+           'save_model', 'provenance', 'normalise', 'denormalise', 'show_images']
 
-# %% ../nbs/00_core.ipynb #b823f67a
+# %% ../nbs/00_core.ipynb #2ad59557
 import json, os, platform, subprocess, tempfile
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -17,24 +17,25 @@ from typing import Any, Iterator, Sequence
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
+from safetensors.torch import save_file
 
-# %% ../nbs/00_core.ipynb #e20712eb
+# %% ../nbs/00_core.ipynb #d758df5b
 class FarError(ValueError):
     "A user's mistake in one line: what was given, what was expected, what to do. The command line exits with 2."
 
-# %% ../nbs/00_core.ipynb #d74ac5bb
+# %% ../nbs/00_core.ipynb #43d0c429
 def require_choice(what: str, given: str, choices: Sequence[str]) -> str:
     "`given` if it is one of `choices`, else a `FarError` that lists them."
     if given not in choices:
         raise FarError(f"unknown {what} '{given}': choose one of {', '.join(sorted(choices))}")
     return given
 
-# %% ../nbs/00_core.ipynb #0f439ff1
+# %% ../nbs/00_core.ipynb #fde6ca4f
 def rng(*keys: int) -> np.random.Generator:
     "Generator for the address `keys` (non-negative integers); the same address gives the same stream on every machine."
     return np.random.default_rng(np.random.SeedSequence([int(key) for key in keys]))
 
-# %% ../nbs/00_core.ipynb #a4c7e832
+# %% ../nbs/00_core.ipynb #c388bb1e
 @contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     "Temporary path beside `path` that becomes `path` when the body succeeds and vanishes when it fails."
@@ -52,7 +53,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         temporary.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #80c558ec
+# %% ../nbs/00_core.ipynb #f42681e5
 def write_json(path: str | os.PathLike, content: Any) -> Path:
     "Write `content` as indented JSON, atomically; returns the path."
     with atomic_path(path) as temporary:
@@ -69,7 +70,16 @@ def read_json(path: str | os.PathLike) -> Any:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise FarError(f"{path} is not readable JSON ({error}): delete it and run again") from None
 
-# %% ../nbs/00_core.ipynb #4fd7066b
+# %% ../nbs/00_core.ipynb #fba312ab
+def save_model(module: torch.nn.Module, config: dict[str, Any], folder: str | os.PathLike) -> Path:
+    "Write `config.json` and `model.safetensors` (the state dict) into `folder`, each atomically; returns the folder."
+    folder = Path(folder)
+    write_json(folder / "config.json", config)
+    with atomic_path(folder / "model.safetensors") as temporary:
+        save_file({key: value.contiguous() for key, value in module.state_dict().items()}, str(temporary))
+    return folder
+
+# %% ../nbs/00_core.ipynb #a0a8b6f4
 _TRACKED = ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "scikit-image", "far_nb")
 
 
@@ -95,7 +105,7 @@ def provenance() -> dict[str, Any]:
             "platform": f"{platform.system()} {platform.machine()}", "device": device,
             "versions": {package: _version(package) for package in _TRACKED}}
 
-# %% ../nbs/00_core.ipynb #708a9706
+# %% ../nbs/00_core.ipynb #ab1b49a1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -110,7 +120,7 @@ def denormalise(image: torch.Tensor) -> torch.Tensor:
     mean, std = (image.new_tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
     return image * std + mean
 
-# %% ../nbs/00_core.ipynb #6d201e91
+# %% ../nbs/00_core.ipynb #09033c95
 def _as_picture(image: Any) -> np.ndarray:
     "(H,W) or (H,W,3) array that matplotlib draws, from a tensor (C,H,W), an array or a PIL image."
     if isinstance(image, torch.Tensor):

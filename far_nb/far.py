@@ -5,22 +5,22 @@
 # %% auto #0
 __all__ = ['mae_view', 'FAR', 'composite']
 
-# %% ../nbs/10_far.ipynb #8308781f
+# %% ../nbs/10_far.ipynb #5fa5e4ce
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from .acr import ACR, ACRConfig
-from .core import FarError, atomic_path, normalise, read_json, write_json
+from .core import FarError, normalise, read_json, save_model
 from .mae import MAE, MAEConfig, Priors
 from .masks import shrink_mask
 
-# %% ../nbs/10_far.ipynb #9e5f3ec8
+# %% ../nbs/10_far.ipynb #bfdaf5ac
 def mae_view(image: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
     "Image (B,3,H,W) in [0,1] and mask (B,1,H,W) as the MAE takes them: known pixels resized to (B,3,size,size), normalised; mask (B,1,size,size)."
     if image.shape[-2:] != (size, size):
@@ -30,7 +30,7 @@ def mae_view(image: Tensor, mask: Tensor, size: int) -> tuple[Tensor, Tensor]:
         mask = shrink_mask(mask, size)
     return normalise(image), mask
 
-# %% ../nbs/10_far.ipynb #8f5b7130
+# %% ../nbs/10_far.ipynb #506a9039
 class FAR(nn.Module):
     "An MAE's priors and the restoration network that uses them; `mae=None` with an ACR built without priors is LaMa."
 
@@ -65,21 +65,16 @@ class FAR(nn.Module):
         "Raw picture (B,3,H,W) in [0,1]: known pixels are painted too; `composite` puts the originals back."
         return self.acr(image, mask, self.priors(image, mask, mae_image, mae_mask))
 
-# %% ../nbs/10_far.ipynb #919c39d4
+# %% ../nbs/10_far.ipynb #c6c7b5d9
 def composite(image: Tensor, mask: Tensor, raw: Tensor) -> Tensor:
     "The raw picture inside the hole, the image outside it, bit by bit: all (B,3,H,W), mask (B,1,H,W)."
     return torch.where(mask > 0.5, raw, image)
 
-# %% ../nbs/10_far.ipynb #5e0d8d2a
+# %% ../nbs/10_far.ipynb #f2e601cc
 @patch
 def save_pretrained(self: FAR, folder: str | Path) -> Path:
     "Write `config.json` and `model.safetensors` into `folder`, atomically; returns the folder."
-    folder = Path(folder)
-    config = {"mae": None if self.mae is None else asdict(self.mae.config), "acr": asdict(self.acr.config)}
-    write_json(folder / "config.json", config)
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, str(temporary))
-    return folder
+    return save_model(self, {"mae": None if self.mae is None else asdict(self.mae.config), "acr": asdict(self.acr.config)}, folder)
 
 
 @patch(cls_method=True)

@@ -6,7 +6,7 @@
 __all__ = ['MAEConfig', 'Priors', 'patchify', 'unpatchify', 'gather_visible', 'scatter_visible', 'decoder_layer', 'MAE',
            'patch_fraction', 'pretraining_pixels']
 
-# %% ../nbs/03_mae.ipynb #9b87fbb5
+# %% ../nbs/03_mae.ipynb #2e54af5d
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,16 +15,16 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.layers import PatchEmbed
 from timm.layers.pos_embed_sincos import build_sincos2d_pos_embed
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from .core import FarError, atomic_path, read_json, write_json
+from .core import FarError, read_json, save_model
 from .masks import patch_mask
 
-# %% ../nbs/03_mae.ipynb #fa7c1816
+# %% ../nbs/03_mae.ipynb #e957086f
 @dataclass(frozen=True)
 class MAEConfig:
     "Sizes of a masked autoencoder; the defaults are the paper's (ViT-B/16 at 256 px, 111,982,592 parameters)."
@@ -55,13 +55,13 @@ class MAEConfig:
         "Tokens per side."
         return self.image_size // self.patch_size
 
-# %% ../nbs/03_mae.ipynb #a1bbe976
+# %% ../nbs/03_mae.ipynb #1c687d1d
 class Priors(NamedTuple):
     "What the MAE gives the restoration network for one batch."
     features: Tensor     # (B, C, g, g): decoder output before the pixel head
     attention: Tensor    # (B, L, L): row = query token, column = token attended to; rows sum to 1
 
-# %% ../nbs/03_mae.ipynb #64054354
+# %% ../nbs/03_mae.ipynb #07bcd8f7
 def patchify(image: Tensor, patch: int) -> Tensor:
     "(B,C,H,W) to (B,L,patch*patch*C); row, column, channel within a patch."
     B, C, H, W = image.shape
@@ -76,7 +76,7 @@ def unpatchify(tokens: Tensor, patch: int) -> Tensor:
     tiles = tokens.reshape(B, grid, grid, patch, patch, C)                           # B h w p q C
     return tiles.permute(0, 5, 1, 3, 2, 4).reshape(B, C, grid * patch, grid * patch)
 
-# %% ../nbs/03_mae.ipynb #d4b08306
+# %% ../nbs/03_mae.ipynb #2345efdf
 def gather_visible(tokens: Tensor, token_mask: Tensor) -> tuple[Tensor, Tensor | None]:
     """Visible tokens of (B,L,D) packed to the batch's longest row: (B,N,D), and the key mask (B,1,1,N), True = attend.
 
@@ -98,7 +98,7 @@ def scatter_visible(packed: Tensor, token_mask: Tensor, filler: Tensor) -> Tenso
     spread = packed.gather(1, position[..., None].expand(-1, -1, packed.shape[-1]))
     return torch.where(token_mask[..., None], filler.to(spread.dtype), spread)
 
-# %% ../nbs/03_mae.ipynb #9a746936
+# %% ../nbs/03_mae.ipynb #c796a222
 def decoder_layer(block: Block, tokens: Tensor, excluded: Tensor) -> tuple[Tensor, Tensor]:
     """One decoder block and its attention prior, from one set of logits.
 
@@ -116,7 +116,7 @@ def decoder_layer(block: Block, tokens: Tensor, excluded: Tensor) -> tuple[Tenso
     prior = logits.masked_fill(excluded[:, None, None], float("-inf")).softmax(-1).mean(1)
     return tokens, prior
 
-# %% ../nbs/03_mae.ipynb #43f3ad54
+# %% ../nbs/03_mae.ipynb #e2436f0e
 class MAE(nn.Module):
     "Masked autoencoder (paper Sec. 3.1) of any size; parameter names are those of the released weights."
 
@@ -149,7 +149,7 @@ class MAE(nn.Module):
             nn.init.xavier_uniform_(module.weight)
             nn.init.zeros_(module.bias)
 
-# %% ../nbs/03_mae.ipynb #4b76ef32
+# %% ../nbs/03_mae.ipynb #5d4b26f1
 @patch
 def _masked_tokens(self: MAE, image: Tensor, mask: Tensor | None) -> Tensor:
     "Decoder input for masked tokens: the mask token (1,1,D), or (B,L,D) with partly masked patches re-encoded."
@@ -175,7 +175,7 @@ def patch_fraction(mask: Tensor, patch: int) -> Tensor:
     "Masked share of each patch (B,L) in [0,1], for a mask (B,1,H,W) of zeros and ones."
     return F.avg_pool2d(mask.float(), patch).flatten(1)
 
-# %% ../nbs/03_mae.ipynb #e179c7d1
+# %% ../nbs/03_mae.ipynb #55f1f90a
 @patch
 def forward(self: MAE, image: Tensor, token_mask: Tensor, mask: Tensor | None = None) -> Tensor:
     "Predicted patches (B,L,3*P*P) for a normalised image (B,3,S,S) and masked tokens (B,L)."
@@ -207,7 +207,7 @@ def loss(self: MAE, image: Tensor, token_mask: Tensor, mask: Tensor | None = Non
     weight = patchify(pixels.expand(-1, 3, -1, -1), patch)
     return ((self(image, token_mask, pixels) - target).square() * weight).sum() / weight.sum()
 
-# %% ../nbs/03_mae.ipynb #12661c86
+# %% ../nbs/03_mae.ipynb #d3cda76c
 @patch
 def _check(self: MAE, image: Tensor, mask: Tensor) -> Tensor:
     "Token mask (B,L) of a pixel mask; raises when sizes are off or a picture has no known patch left."
@@ -248,15 +248,11 @@ def priors(self: MAE, image: Tensor, mask: Tensor) -> Priors:
     grid = self.config.grid
     return Priors(features.transpose(1, 2).reshape(len(image), -1, grid, grid), total / self.config.decoder_depth)
 
-# %% ../nbs/03_mae.ipynb #1063f7f0
+# %% ../nbs/03_mae.ipynb #3a668de1
 @patch
 def save_pretrained(self: MAE, folder: str | Path) -> Path:
     "Write `config.json` and `model.safetensors` into `folder`, atomically; returns the folder."
-    folder = Path(folder)
-    write_json(folder / "config.json", {"mae": asdict(self.config)})
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file({key: value.contiguous() for key, value in self.state_dict().items()}, str(temporary))
-    return folder
+    return save_model(self, {"mae": asdict(self.config)}, folder)
 
 
 @patch(cls_method=True)

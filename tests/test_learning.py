@@ -12,15 +12,10 @@ from far_nb.mae import MAE
 from far_nb.perceptual import perceptual_loss
 from far_nb.training import pretrain_mae, train_far
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 TINY = get_preset("tiny")
 STEPS = {"mae": 150, "far": 200}          # enough for a clear margin; the preset itself trains longer
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def shortened(experiment: str):

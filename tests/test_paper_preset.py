@@ -14,14 +14,9 @@ from far_nb.masks import MaskSampler
 from far_nb.perceptual import HRFLoss
 from far_nb.training import pretrain_mae, train_far
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 PAPER = get_preset("paper")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def pictures(task: str) -> InpaintingDataset:

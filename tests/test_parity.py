@@ -19,16 +19,11 @@ from far_nb.mae import MAE, MAEConfig
 from far_nb.masks import masked_position
 from far_nb.priors import attend
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 FIXTURES = Path(__file__).parent / "fixtures"
 NAMES = ["256_astronaut", "256_coffee", "512_rocket"]
 STEP = {"256_astronaut": 2, "256_coffee": 2, "512_rocket": 4}          # how features and rows were thinned
-
-
-@pytest.fixture(scope="module", autouse=True)
-def two_threads():
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
 
 
 def shapes(network: str) -> dict:
