@@ -8,8 +8,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
+from hypothesis import settings
 
 torch.set_num_threads(1)          # small networks on a busy machine crawl with more
+
+settings.register_profile("fixed", derandomize=True, deadline=None)      # the same examples on every machine: a red build is a change of ours
+settings.register_profile("fuzz", deadline=None)                         # HYPOTHESIS_PROFILE=fuzz looks for new ones
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "fixed"))
 
 
 @pytest.fixture(scope="module")
