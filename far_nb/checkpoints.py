@@ -22,7 +22,7 @@ from .far import FAR
 from .mae import MAE, MAEConfig
 
 # %% ../nbs/11_checkpoints.ipynb #b2e50625
-_NAMES = [  # released (ours beside it); {0} is a number, {1} what follows
+_NAMES = [  # prefixes: released, ours
     ("G.conv1.", "acr.stem."), ("G.bn1.", "acr.stem_norm."), ("G.convt4.", "acr.head."),
     *[(f"G.conv{level + 2}.", f"acr.down.{level}.conv.") for level in range(3)],
     *[(f"G.bn{level + 2}.", f"acr.down.{level}.norm.") for level in range(3)],

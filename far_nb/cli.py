@@ -7,7 +7,7 @@ __all__ = ['app', 'paper_notebooks', 'notebook_error', 'Progress', 'snakemake_co
            'inpaint_file', 'evaluate_method', 'metrics_table', 'main']
 
 # %% ../nbs/17_cli.ipynb #053fb735
-import fcntl, json, os, re, shutil, signal, subprocess, sys, threading, time
+import fcntl, json, os, re, signal, subprocess, sys, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path

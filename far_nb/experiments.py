@@ -10,7 +10,7 @@ __all__ = ['PLACES2_IMAGES', 'PRESETS', 'EXPERIMENTS', 'TARGETS', 'Preset', 'get
 
 # %% ../nbs/15_experiments.ipynb #a0a06c30
 import shutil
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Sequence

@@ -259,8 +259,8 @@ def save_pretrained(self: MAE, folder: str | Path) -> Path:
 def from_pretrained(cls: MAE, folder: str | Path) -> MAE:
     "MAE from a folder that `save_pretrained` wrote."
     config = read_json(Path(folder) / "config.json")
-    if "mae" not in config:
-        raise FarError(f"{folder} holds no MAE (its config.json has {sorted(config)}): give the folder of a pre-training run")
+    if set(config) != {"mae"}:
+        raise FarError(f"{folder} holds no MAE alone (its config.json has {sorted(config)}): give the folder of a pre-training run")
     model = cls(MAEConfig(**config["mae"]))
     model.load_state_dict(load_file(str(Path(folder) / "model.safetensors")))
     return model.eval()

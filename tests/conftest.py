@@ -23,3 +23,11 @@ def two_threads():
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    "An empty hub cache, and a network that must not be asked."
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.delenv("FAR_NB_WEIGHTS", raising=False)
+    monkeypatch.setattr("socket.socket.connect", lambda *a, **k: pytest.fail("tried the network"))

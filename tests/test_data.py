@@ -10,7 +10,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from far_nb import data as data_module
-from far_nb.core import FarError, rng
+from far_nb.core import FarError
 from far_nb.data import (ImageFolder, InpaintingDataset, Photographs, StepSampler, open_images, open_masks, read_image, read_mask,
                          sample_faces, sample_objects, sample_scenes, test_set, to_batch)
 from far_nb.masks import MaskSampler

@@ -24,12 +24,7 @@ torch.set_num_threads(1)
 ALEXNET, INCEPTION = "alexnet-owt-7be5be79.pth", "weights-inception-2015-12-05-6726825d.pth"
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    "An empty hub cache, and a network that must not be asked."
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.delenv("FAR_NB_WEIGHTS", raising=False)
-    monkeypatch.setattr("socket.socket.connect", lambda *a, **k: pytest.fail("tried the network"))
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 def pictures(count, size, seed=0):

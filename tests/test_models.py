@@ -216,3 +216,9 @@ def test_save_and_load(tmp_path):
         FAR.from_pretrained(tmp_path / "model")
     with pytest.raises(FarError, match="does not exist"):
         FAR.from_pretrained(tmp_path / "nothing")
+
+
+def test_a_far_folder_is_no_mae(tmp_path):
+    folder = FAR(MAE(SMALL), ACR(PAINTER)).save_pretrained(tmp_path / "far")
+    with pytest.raises(FarError, match="holds no MAE alone"):
+        MAE.from_pretrained(folder)

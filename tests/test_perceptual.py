@@ -20,12 +20,7 @@ def square(picture, size):
     return TF.resize(TF.center_crop(tensor, [min(tensor.shape[-2:])] * 2), [size, size], antialias=True).clamp(0, 1)
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch, tmp_path):
-    "An empty hub cache, and a network that must not be asked."
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    monkeypatch.delenv("FAR_NB_WEIGHTS", raising=False)
-    monkeypatch.setattr("socket.socket.connect", lambda *a, **k: pytest.fail("tried the network"))
+pytestmark = pytest.mark.usefixtures("offline")
 
 
 @pytest.fixture(scope="module")
