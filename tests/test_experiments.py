@@ -8,7 +8,7 @@ import torch
 from far_nb.core import FarError, read_json
 from far_nb.experiments import (EXPERIMENTS, PRESETS, TARGETS, begin_run, build_data, build_discriminator, build_far, build_mae, build_test_set,
                                 check_sources, get_experiment, get_preset, make_plan, needs, parse_targets, run_options, train_config, write_plan)
-from far_nb.figures import paper_value
+from far_nb.tables import paper_value
 
 SMOKE, TINY = PRESETS["smoke"], PRESETS["tiny"]
 
