@@ -102,6 +102,7 @@ def from_released(state_dict: Mapping[str, Tensor]) -> FAR:
     unknown = [key for key, name in named.items() if name is None]
     if unknown: raise FarError(f"{len(unknown)} keys are not the released FAR's: {', '.join(unknown[:5])}; expected mae.*, acr.G.*, acr.GCs.*")
     state = {name: state_dict[key] for key, name in named.items()}
+    if "mae.alpha" in state: state["mae.alpha"] = state["mae.alpha"].clamp(0, 1)      # the released code clamps at use, where ours reflects
     mae_state = {key[4:]: value for key, value in state.items() if key.startswith("mae.")}
     try:
         config = mae_config(mae_state)

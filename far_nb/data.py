@@ -453,8 +453,9 @@ def _cut(image: Image.Image, box: tuple[float, ...], size: int, flip: bool) -> t
 class InpaintingDataset(Dataset):
     """Training samples: {"image" float (3,S,S) in [0,1], "mask" float (1,S,S) 1 = hole, "index" int}, for `task="mae"` also "token_mask" bool (L,).
 
-    `images`: `ImageFolder`, `Photographs` or a list of PIL pictures. `[i]` and `[epoch, i]` draw from rng(seed, epoch, i) only. `crop`:
-    "resized" (`scale` = share of the area), "random" or "center" square. `length` > pictures: several samples of each per epoch."""
+    `images`: `ImageFolder`, `Photographs` or a list of PIL pictures. `[i]` and `[epoch, i]` draw from rng(seed, epoch, i) only;
+    `[epoch, i, size]` is the same crop at another size, with a mask of that size. `crop`: "resized" (`scale` = share of the area),
+    "random" or "center" square. `length` > pictures: several samples of each per epoch."""
 
     def __init__(self, images: ImageFolder | Photographs | Sequence[Image.Image], size: int, masks: MaskSampler, seed: int = 0,
                  patch_size: int = 16, crop: str = "resized", task: str = "far", mask_kind: str = "mixed", length: int | None = None,
@@ -467,19 +468,18 @@ class InpaintingDataset(Dataset):
         if not 0 < scale[0] <= scale[1] <= 1: raise FarError(f"crop scale {scale}: give two shares of the area, 0 < low <= high <= 1")
         self.size, self.masks, self.seed, self.grid, self.scale = size, masks, seed, size // patch_size, tuple(scale)
         self.length, self.epoch = len(self.images) if length is None else length, 0
-        self._at_least = _needed(size, crop, scale)
 
     def set_epoch(self, epoch: int) -> None: self.epoch = epoch
 
     def __len__(self) -> int: return self.length
 
-    def __getitem__(self, address: int | tuple[int, int]) -> dict[str, Any]:
-        epoch, index = address if isinstance(address, tuple) else (self.epoch, address)
+    def __getitem__(self, address: int | tuple[int, int] | tuple[int, int, int]) -> dict[str, Any]:
+        epoch, index, size = (*address, self.size)[:3] if isinstance(address, tuple) else (self.epoch, address, self.size)
         if not 0 <= index < self.length: raise IndexError(f"sample {index} of {self.length}")
         generator = rng(self.seed, epoch, index)
-        image = self.images.load(index % len(self.images), self._at_least)
-        item = {"image": _cut(image, _crop_box(image.size, self.crop, self.scale, generator), self.size, bool(generator.random() < 0.5))}
-        mask = torch.from_numpy(self.masks(generator))                                    # (S,S)
+        image = self.images.load(index % len(self.images), _needed(size, self.crop, self.scale))
+        item = {"image": _cut(image, _crop_box(image.size, self.crop, self.scale, generator), size, bool(generator.random() < 0.5))}
+        mask = torch.from_numpy(self.masks(generator, size))                              # (S,S)
         item |= {"mask": mask[None].float(), "index": int(index)}
         if self.task == "mae":
             tokens = mae_mask(patch_mask(mask, self.grid)[0].numpy(), self.grid, generator, kind=self.mask_kind)
@@ -489,25 +489,27 @@ class InpaintingDataset(Dataset):
 # %% ../nbs/02_data.ipynb #47ef03f5
 class StepSampler(Sampler):
     """(epoch, index) pairs for the samples of steps `start_step` … `steps` - 1: a fresh permutation of `length` per epoch, from the seed.
+    With `sizes` (epoch, index, size), all of step s of size sizes[s % len(sizes)].
 
     `batch_size` is per process; step s consists of world * batch_size samples, of which process `rank` gets its own slice. Give it to a
     DataLoader with the same batch_size; a resumed run passes `start_step` and sees exactly the samples that were left."""
 
-    def __init__(self, length: int, batch_size: int, steps: int, seed: int = 0, start_step: int = 0, rank: int = 0, world: int = 1):
+    def __init__(self, length: int, batch_size: int, steps: int, seed: int = 0, start_step: int = 0, rank: int = 0, world: int = 1,
+                 sizes: Sequence[int] = ()):
         if length < 1 or batch_size < 1 or not 0 <= rank < world: raise FarError(f"no samples to order: length {length}, batch {batch_size}, process {rank} of {world}")
         self.length, self.batch_size, self.steps, self.seed = length, batch_size, steps, seed
-        self.start_step, self.rank, self.world = start_step, rank, world
+        self.start_step, self.rank, self.world, self.sizes = start_step, rank, world, sizes
 
     def __len__(self) -> int: return max(0, self.steps - self.start_step) * self.batch_size
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[tuple[int, ...]]:
         current, order = -1, None
         for step in range(self.start_step, self.steps):
-            first = (step * self.world + self.rank) * self.batch_size
+            first, size = (step * self.world + self.rank) * self.batch_size, (self.sizes[step % len(self.sizes)],) if self.sizes else ()
             for position in range(first, first + self.batch_size):
                 epoch, place = divmod(position, self.length)
                 if epoch != current: current, order = epoch, rng(self.seed, epoch, 0, 1).permutation(self.length)
-                yield epoch, int(order[place])
+                yield epoch, int(order[place]), *size
 
 # %% ../nbs/02_data.ipynb #7b6187e8
 def _to_image(image: Any) -> torch.Tensor:

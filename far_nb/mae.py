@@ -151,13 +151,19 @@ class MAE(nn.Module):
 
 # %% ../nbs/03_mae.ipynb #5d4b26f1
 @patch
+def effective_alpha(self: MAE) -> Tensor:
+    "Share in [0,1] of the mask token in partly masked patches (partial variant): the parameter, reflected at 1 and 0 (the released code clamps)."
+    return torch.where(self.alpha > 1, 2 - self.alpha, self.alpha).abs()
+
+
+@patch
 def _masked_tokens(self: MAE, image: Tensor, mask: Tensor | None) -> Tensor:
     "Decoder input for masked tokens: the mask token (1,1,D), or (B,L,D) with partly masked patches re-encoded."
     if not self.config.partial: return self.mask_token
     if mask is None:
         raise FarError("a partially-masked MAE needs the pixel mask (B,1,S,S): pass mask=")
     embedded = self.decoder_patch_embed(torch.cat([image * (1 - mask), mask], 1))   # (B,L,D)
-    alpha = self.alpha.clamp(0, 1).detach() + self.alpha - self.alpha.detach()      # clamped; a clamp's own gradient is 0 at 1, where α starts
+    alpha = self.effective_alpha()
     part = patch_fraction(mask, self.config.patch_size) < 1                          # (B,L): some pixel is known
     return torch.where(part[..., None], alpha * self.mask_token + (1 - alpha) * embedded, self.mask_token)
 
@@ -247,6 +253,16 @@ def priors(self: MAE, image: Tensor, mask: Tensor) -> Priors:
             features = self.decoder_norm(tokens)                                      # (B,L,C)
     grid = self.config.grid
     return Priors(features.transpose(1, 2).reshape(len(image), -1, grid, grid), total / self.config.decoder_depth)
+
+# %% ../nbs/03_mae.ipynb #f3086eb2
+@patch
+def start_from(self: MAE, other: MAE) -> MAE:
+    "Copy all weights that both have from `other`, whose config may differ in `partial` and `norm_pix` (anything else: `FarError`); returns self."
+    mine, theirs = ({**asdict(mae.config), "partial": None, "norm_pix": None} for mae in (self, other))
+    wrong = [f"{name} {mine[name]} against {theirs[name]}" for name in mine if mine[name] != theirs[name]]
+    if wrong: raise FarError(f"this MAE cannot start from the weights of the other ({', '.join(wrong)}): only partial and norm_pix may differ")
+    self.load_state_dict(other.state_dict(), strict=False)
+    return self
 
 # %% ../nbs/03_mae.ipynb #3a668de1
 @patch

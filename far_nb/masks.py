@@ -122,7 +122,7 @@ def object_mask(segmentation: np.ndarray, size: int | tuple[int, int], rng: np.r
 
 # %% ../nbs/01_masks.ipynb #4b1f744f
 class MaskSampler:
-    """Draws training masks: `sampler(rng)` -> bool (H,W), True = hole (paper section 4).
+    """Draws training masks: `sampler(rng)` -> bool (H,W), True = hole (paper section 4); `sampler(rng, size)` of another size.
 
     `objects`: silhouettes or label maps; without them every mask is a brush. `weights`: how often brush, object, union."""
 
@@ -133,17 +133,17 @@ class MaskSampler:
         self.size, self.objects, self.area = _pair(size), objects if objects is not None and len(objects) else None, tuple(area)
         self.weights = np.array(weights if self.objects is not None else (1, 0, 0), float) / (sum(weights) if self.objects is not None else 1)
 
-    def __call__(self, rng: np.random.Generator) -> np.ndarray:
-        kind = rng.choice(3, p=self.weights)
-        hole = brush_mask(self.size, rng, self.area) if kind == 0 else self._object(rng, union=kind == 2)
+    def __call__(self, rng: np.random.Generator, size: int | tuple[int, int] | None = None) -> np.ndarray:
+        size, kind = self.size if size is None else _pair(size), rng.choice(3, p=self.weights)
+        hole = brush_mask(size, rng, self.area) if kind == 0 else self._object(size, rng, union=kind == 2)
         return np.ascontiguousarray(hole[::int(rng.choice((-1, 1))), ::int(rng.choice((-1, 1)))])
 
-    def _object(self, rng: np.random.Generator, union: bool) -> np.ndarray:
+    def _object(self, size: tuple[int, int], rng: np.random.Generator, union: bool) -> np.ndarray:
         "An object, or (`union`) a smaller object and brush strokes."
         segmentation = self.objects[int(rng.integers(len(self.objects)))]
-        if not union: return object_mask(segmentation, self.size, rng, self.area)
-        hole = object_mask(segmentation, self.size, rng, (self.area[0] / 2, self.area[1] / 2))
-        return _paint(hole, rng, _goal(self.size, rng, self.area, above=int(hole.sum())))
+        if not union: return object_mask(segmentation, size, rng, self.area)
+        hole = object_mask(segmentation, size, rng, (self.area[0] / 2, self.area[1] / 2))
+        return _paint(hole, rng, _goal(size, rng, self.area, above=int(hole.sum())))
 
 # %% ../nbs/01_masks.ipynb #38a4de84
 def patch_mask(mask: torch.Tensor, grid: int | tuple[int, int]) -> torch.Tensor:

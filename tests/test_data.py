@@ -379,6 +379,27 @@ def test_step_sampler_resumes_and_shares():
     with pytest.raises(FarError): StepSampler(0, 1, 1)
 
 
+def test_a_step_has_one_size_for_all_its_samples_and_processes():
+    whole = list(StepSampler(7, 4, 11, seed=4, sizes=(64, 48, 32)))
+    assert [address[:2] for address in whole] == list(StepSampler(7, 4, 11, seed=4)), "sizes change no order"
+    assert [address[2] for address in whole] == [(64, 48, 32)[step % 3] for step in range(11) for _ in range(4)]
+    for start in range(12): assert list(StepSampler(7, 4, 11, seed=4, start_step=start, sizes=(64, 48, 32))) == whole[4 * start:]
+    ranks = [list(StepSampler(7, 2, 11, seed=4, rank=rank, world=2, sizes=(64, 48, 32))) for rank in range(2)]
+    assert [address for step in range(11) for part in ranks for address in part[2 * step:2 * step + 2]] == whole
+
+
+def test_an_address_with_a_size_is_the_same_sample_larger_or_smaller():
+    items = InpaintingDataset(gradients(2, (300, 260)), 64, MaskSampler(64, [np.ones((3, 5), bool)], area=(0.1, 0.3)), patch_size=8, length=30)
+    for crop in ("resized", "random", "center"):
+        items.crop = crop
+        for index in range(30):
+            large, small, own = items[2, index, 128], items[2, index, 64], items[2, index]
+            assert large["image"].shape == (3, 128, 128) and large["mask"].shape == (1, 128, 128)
+            assert all(torch.equal(torch.as_tensor(small[key]), torch.as_tensor(own[key])) for key in own)
+            assert (torch.nn.functional.avg_pool2d(large["image"], 2) - small["image"]).abs().mean() < 0.02, "the same crop and flip"
+            assert 0.1 <= large["mask"].mean() <= 0.3 and abs(large["mask"].mean() - small["mask"].mean()) < 0.01
+
+
 def test_to_batch():
     picture, hole = ramp(8, 6), np.eye(6, 8, dtype=bool)
     tensor = torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -18,10 +18,13 @@ from typer.testing import CliRunner
 
 from far_nb.cli import _alone, app, evaluate_method, main, reproduce
 from far_nb.core import FarError, read_json
-from far_nb.experiments import EXPERIMENTS, PRESETS, TARGETS
+from far_nb.experiments import EXPERIMENTS, PRESETS, TARGETS, get_experiment, make_plan, resolve
 
 FAR = [sys.executable, "-c", "from far_nb.cli import main; main()"]
-COLUMNS = "table,row,metric,paper,measured,ci_low,ci_high,images,preset,dataset,steps,seed,protocol,run"
+COLUMNS = "table,row,metric,paper,measured,spread,ci_low,ci_high,images,preset,dataset,steps,seed,protocol,run"
+PLAN = make_plan(PRESETS["smoke"])
+TRAINED = [name for name, run in PLAN["runs"].items() if run["kind"] in ("mae", "far", "hr")]
+MEASURED = sorted({file.split("/")[0] for files in PLAN["targets"].values() for file in files if file.endswith("metrics.json")})
 OURS = {".lock", "snakemake.log"}          # files that a call may touch although it has nothing to do
 
 
@@ -77,30 +80,31 @@ def planned(out: Path, capsys, *arguments: str) -> set[str]:
 def test_a_killed_call_goes_on(smoke):
     out, said, _, left = smoke
     assert left                                                      # the kill came after a checkpoint and before the end
-    assert "done in" in said and f"/{len(EXPERIMENTS) + 7 + len(TARGETS)}]" in said        # 9 trainings, 7 evaluations, 5 targets
+    assert "done in" in said and f"/{len(TRAINED) + len(MEASURED) + len(TARGETS)}]" in said
     log = pd.read_csv(left[0].parent.parent / "log.csv")
     assert log["step"].is_monotonic_increasing and log["step"].is_unique       # resumed, not begun again on top
 
 
 def test_everything_is_there(smoke):
     out = smoke[0]
-    for number in (3, 4):
-        for suffix in ("csv", "md", "tex"): assert (out / f"figures/smoke/table{number}.{suffix}").stat().st_size > 200
-    for number in (3, 5, 6):
-        assert (out / f"figures/smoke/figure{number}.png").read_bytes().startswith(b"\x89PNG")
-        assert (out / f"figures/smoke/figure{number}.pdf").read_bytes().startswith(b"%PDF")
-    for name, experiment in EXPERIMENTS.items():
-        run = out / "runs/smoke" / f"{name}-s0"
+    assert TARGETS == (*(f"table{number}" for number in range(1, 7)), *(f"figure{number}" for number in range(1, 10)))
+    for target in TARGETS:
+        for suffix in ("csv", "md", "tex") if "table" in target else (): assert (out / f"figures/smoke/{target}.{suffix}").stat().st_size > 200
+        for suffix, start in (("png", b"\x89PNG"), ("pdf", b"%PDF")) if "figure" in target else ():
+            assert (out / f"figures/smoke/{target}.{suffix}").read_bytes().startswith(start)
+    for name in TRAINED:
+        run, kind = out / "runs/smoke" / name, PLAN["runs"][name]["kind"]
         expected = {"options.json", "train.ipynb", "train.json", "log.csv", "model/model.safetensors", "model/config.json"}
-        if experiment.kind == "far": expected |= {"evaluate.ipynb", "metrics.json", "eval.csv"}
-        for file in expected: assert (run / file).exists(), f"{run.name} lacks {file}"
+        if kind == "far": expected |= {"eval.csv", "discriminator.safetensors"}
+        for file in expected: assert (run / file).exists(), f"{name} lacks {file}"
         assert list(run.glob("checkpoints/*.pt"))
+    for name in MEASURED: assert list((out / "runs/smoke" / name).glob("[em]*e.ipynb")), name         # evaluate or measure
     assert not [path for path in out.rglob("*") if path.suffix in (".part", ".log") and path.name not in OURS and ".snakemake" not in path.parts]
 
 
 def test_executed_notebooks_are_kept_with_pictures_and_without_errors(smoke):
     notebooks = [path for path in (smoke[0] / "runs/smoke").rglob("*.ipynb")]
-    assert len(notebooks) == len(EXPERIMENTS) + 7 + len(TARGETS)
+    assert len(notebooks) == len(TRAINED) + len(MEASURED) + len(TARGETS)
     for path in notebooks:
         outputs = [output for cell in nbformat.read(path, 4).cells for output in cell.get("outputs", [])]
         assert outputs and not [output for output in outputs if output.output_type == "error"], path
@@ -108,21 +112,22 @@ def test_executed_notebooks_are_kept_with_pictures_and_without_errors(smoke):
             assert any("image/png" in output.get("data", {}) for output in outputs), path
 
 
-@pytest.mark.parametrize("number", [3, 4])
+@pytest.mark.parametrize("number", [1, 2, 3, 4, 5])
 def test_table_cells_are_those_of_the_runs(smoke, number):
     out = smoke[0]
     path = out / f"figures/smoke/table{number}.csv"
     assert path.read_text().splitlines()[0] == COLUMNS
     frame = pd.read_csv(path)
-    rows = {row: name for name, experiment in EXPERIMENTS.items() for table, row in experiment.rows if table == number}
+    rows = {row: experiment for experiment in EXPERIMENTS.values() for table, row in experiment.rows if table == number}
     assert set(frame["row"]) == set(rows) and set(frame["table"]) == {number}
-    for row, name in rows.items():
+    for row, experiment in rows.items():
+        lines, name = frame[frame["row"] == row], resolve(PRESETS["smoke"], experiment.name)
+        if experiment.spec == "folder": assert lines["measured"].isna().all() and lines["run"].isna().all(); continue
         measured = {(entry["metric"], entry["protocol"]): entry for entry in read_json(out / f"runs/smoke/{name}-s0/metrics.json")["metrics"]}
-        lines = frame[frame["row"] == row]
         assert {(line.metric, line.protocol) for line in lines.itertuples()} >= set(measured)
         for line in lines.itertuples():
             entry = measured[line.metric, line.protocol]
-            assert (line.preset, line.seed, line.run, line.images, line.steps) == ("smoke", 0, f"{name}-s0", 16, 10)
+            assert (line.preset, line.seed, line.run, line.images) == ("smoke", 0, f"{name}-s0", 8 if experiment.data == "hr" else 16)
             if entry["value"] is None: assert pd.isna(line.measured) and entry["reason"]
             else: assert line.measured == entry["value"]
         for metric in ("PSNR", "SSIM", "FID (lite0)", "LPIPS (lite0)"):
@@ -130,15 +135,37 @@ def test_table_cells_are_those_of_the_runs(smoke, number):
         for metric in ("PSNR", "SSIM", "LPIPS (lite0)"):
             ours = lines[lines["metric"] == metric]
             assert (ours["ci_low"] <= ours["measured"]).all() and (ours["measured"] <= ours["ci_high"]).all()
-        assert lines[lines["metric"].isin(["PSNR", "SSIM", "FID", "LPIPS"]) & (lines["protocol"] == "paper")]["paper"].notna().all()
+        if number < 5: assert lines[lines["metric"].isin(["PSNR", "SSIM", "FID", "LPIPS"]) & (lines["protocol"] == "paper")]["paper"].notna().all()
+
+
+def test_the_seconds_of_table_6_are_those_of_its_run(smoke):
+    frame, run = pd.read_csv(smoke[0] / "figures/smoke/table6.csv"), read_json(smoke[0] / "runs/smoke/speed-s0/metrics.json")
+    for row, lines in run["rows"].items():
+        for entry in lines:
+            line, = frame[(frame["row"] == row) & (frame["metric"] == entry["metric"])].itertuples()
+            assert line.measured == entry["value"] > 0 and line.ci_low <= line.measured <= line.ci_high and line.paper > 0
+    ratios = frame[frame["metric"] == "Training (ratio)"].set_index("row")
+    assert ratios["measured"].iloc[0] == 1 and ratios["paper"].round(3).tolist() == [1, 1.238, 1.248]
 
 
 def test_metrics_say_where_they_come_from(smoke):
-    metrics = [read_json(path) for path in (smoke[0] / "runs/smoke").glob("*/metrics.json")]
-    assert len(metrics) == 7 and len({entry["data_hash"] for entry in metrics}) == 1           # the same pictures and masks for all
-    for entry in metrics:
-        assert entry["run"] == f"{entry['experiment']}-s0" and entry["preset"] == "smoke" and entry["dataset"] == "sample-scenes"
+    metrics = {name: read_json(smoke[0] / "runs/smoke" / name / "metrics.json") for name in MEASURED}
+    for name, entry in metrics.items():
+        assert entry["run"] == name == f"{entry['experiment']}-s0" and entry["preset"] == "smoke"
         assert {"git_commit", "created", "versions"} <= set(entry["provenance"])
+    for which, dataset in {"ablation": "sample-scenes", "scenes": "sample-scenes", "faces": "sample-faces", "hr": "sample-scenes at 96 px"}.items():
+        entries = [entry for entry in metrics.values() if get_experiment(entry["experiment"]).data == which and entry["experiment"] != "speed"]
+        assert {entry["dataset"] for entry in entries} == {dataset} and len({entry["data_hash"] for entry in entries}) == 1     # the same pictures and masks for all
+
+
+def test_the_index_leads_to_everything_and_says_what_reproduced(smoke):
+    folder = smoke[0] / "figures/smoke"
+    index = (folder / "README.md").read_text()
+    for target in TARGETS: assert f"{target}.{'md' if 'table' in target else 'png'}" in index
+    for link in re.findall(r"\]\(([^)#]+)\)|(?:src|href)=\"([^\"]+)\"", index):
+        link = "".join(link)
+        assert link.startswith("http") or (folder / link).exists(), link
+    assert str(smoke[0]) not in index and re.search(r"reproduced|undecided", index)
 
 
 def test_a_second_call_does_nothing_and_says_so(smoke):
@@ -157,15 +184,18 @@ def test_a_changed_option_repeats_what_stands_on_it_and_nothing_else(copy, capsy
 
     assert planned(copy, capsys) == set()
     change("far-contextual", coordinates=False)
-    table4 = {"train_far far-contextual-s0", "evaluate far-contextual-s0", "table table4"}
-    assert planned(copy, capsys) == table4
+    assert planned(copy, capsys) == {"train_far far-contextual-s0", "evaluate far-contextual-s0", "table table4", "figure figure9"}
     change("far-contextual", coordinates=True)                   # back to what the run was made with
     assert planned(copy, capsys) == set()
+    change("far-nocoord", masked_position=True)
+    assert planned(copy, capsys) == {"train_far far-nocoord-s0", "finetune_hr hr-nocoord-s0", "evaluate hr-nocoord-s0", "table table2"}
+    change("far-nocoord", masked_position=False)
     change("mae-random", norm_pix=True)
     assert planned(copy, capsys) == {"pretrain_mae mae-random-s0", "train_far far-random-s0", "evaluate far-random-s0", "table table4"}
-    monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], test_images=8))          # no training, except that of mae-random
+    monkeypatch.setitem(PRESETS, "smoke", replace(PRESETS["smoke"], face_images=8))          # no training, except that of mae-random
     jobs = planned(copy, capsys)
-    assert sum(job.startswith("evaluate") for job in jobs) == 7 and {"table table3", "table table4"} <= jobs
+    measured = {f"evaluate {name}" for name in MEASURED if get_experiment(PLAN["runs"][name]["experiment"]).data == "faces"} | {"evaluate far-random-s0"}
+    assert {job for job in jobs if job.startswith("evaluate")} == measured and {job for job in jobs if job.startswith("table")} == {"table table4", "table table5"}
     assert {job for job in jobs if job.startswith(("train_far", "pretrain_mae"))} == {"pretrain_mae mae-random-s0", "train_far far-random-s0"}
 
 
@@ -180,6 +210,17 @@ def test_only_runs_what_its_targets_need(tmp_path, capsys):
     jobs = planned(tmp_path, capsys, "--only", "table3")
     assert "table table3" in jobs and not {job for job in jobs if "random" in job or "contextual" in job or "far-s0" in job or "figure" in job}
     assert sum(job.startswith("pretrain_mae") for job in jobs) == 1 and sum(job.startswith("train_far") for job in jobs) == 4
+    assert planned(tmp_path, capsys, "--only", "table2") == {
+        "pretrain_mae mae-mixed-s0", "pretrain_mae mae-normpix-s0", "train_far far-s0", "train_far far-normpix-s0", "train_far far-nocoord-s0",
+        "finetune_hr hr-s0", "finetune_hr hr-normpix-s0", "finetune_hr hr-nocoord-s0",
+        "evaluate hr-s0", "evaluate hr-normpix-s0", "evaluate hr-nocoord-s0", "table table2"}
+    assert planned(tmp_path, capsys, "--only", "table6") == {"measure_speed speed-s0", "table table6"}
+
+
+def test_another_seed_adds_runs_and_renews_tables(copy, capsys):
+    jobs = planned(copy, capsys, "--seeds", "0,1", "--only", "table1")
+    assert jobs == {"pretrain_mae mae-mixed-s1", "pretrain_mae mae-partial-s1", "train_far far-s1", "train_far far-partial-s1",
+                    "evaluate far-s1", "evaluate far-partial-s1", "table table1"}
 
 
 def test_a_failed_run_fails_its_table_and_no_other(copy, capfd):
@@ -193,6 +234,17 @@ def test_a_failed_run_fails_its_table_and_no_other(copy, capfd):
     assert notebook == copy / "runs/smoke/far-random-s0/train.ipynb"
     assert any(output.output_type == "error" for cell in nbformat.read(notebook, 4).cells for output in cell.get("outputs", []))
     assert (copy / "figures/smoke/table3.csv").exists() and "Traceback" not in said.err
+    index = (copy / "figures/smoke/README.md").read_text()
+    assert "far-random-s0" in index and str(copy) not in index                               # the index says what is out of date
+
+
+def test_two_seeds_make_a_table_with_a_spread(copy):
+    assert reproduce("smoke", copy, "table1", jobs=2, seeds="0,1") == 0
+    frame = pd.read_csv(copy / "figures/smoke/table1.csv")
+    row = frame[(frame["row"] == "without partial fine-tuning") & (frame["metric"] == "PSNR") & (frame["protocol"] == "paper")].iloc[0]
+    values = [next(entry["value"] for entry in read_json(copy / f"runs/smoke/far-s{seed}/metrics.json")["metrics"]
+                   if (entry["metric"], entry["protocol"]) == ("PSNR", "paper")) for seed in (0, 1)]
+    assert row["measured"] == pytest.approx(np.mean(values)) and row["spread"] == pytest.approx(np.std(values, ddof=1)) and row["seed"] == "0, 1"
 
 
 @pytest.mark.parametrize("arguments, said", [

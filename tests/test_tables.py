@@ -8,12 +8,13 @@ import pytest
 
 from far_nb import tables
 from far_nb.core import FarError, read_json, rng, write_json
+from far_nb.experiments import EXPERIMENTS
 from far_nb.tables import COLUMNS, ordering, paper_value, table, table_runs, write_table
 
 IMAGES = 12
 
 
-def write_run(folder, experiment, offset=0.0, **changes):
+def write_run(folder, experiment, offset=0.0, seed=0, **changes):
     "A made-up metrics.json; the pictures share their difficulty, as real runs on one test set do."
     psnr = rng(1).normal(22, 4, IMAGES) + offset
     values = {"PSNR/standard": psnr, "PSNR/paper": psnr + 1, "SSIM/paper": psnr / 40, "LPIPS (lite0)/standard": 1 - psnr / 40}
@@ -22,10 +23,10 @@ def write_run(folder, experiment, offset=0.0, **changes):
     lines += [{"metric": "FID", "protocol": protocol, "value": None, "ci_low": None, "ci_high": None, "images": IMAGES,
                "reason": "Inception weights absent: a_b & 5 %"} for protocol in ("standard", "paper")]
     lines += [{"metric": "FID (lite0)", "protocol": "standard", "value": 50.0 - offset, "ci_low": None, "ci_high": None, "images": IMAGES, "reason": None}]
-    result = {"run": f"{experiment}-s0", "experiment": experiment, "preset": "smoke", "dataset": "sample-scenes", "data_hash": "abc",
-              "images": IMAGES, "steps": 10, "seed": 0, "provenance": {"git_commit": "0123456789abcdef", "git_dirty": False, "device": "cpu"},
+    result = {"run": f"{experiment}-s{seed}", "experiment": experiment, "preset": "smoke", "dataset": "sample-scenes", "data_hash": "abc",
+              "images": IMAGES, "steps": 10, "seed": seed, "provenance": {"git_commit": "0123456789abcdef", "git_dirty": False, "device": "cpu"},
               "metrics": lines, "per_image": {key: v.tolist() for key, v in values.items()}, **changes}
-    write_json(folder / "smoke" / f"{experiment}-s0" / "metrics.json", result)
+    write_json(folder / "smoke" / f"{experiment}-s{seed}" / "metrics.json", result)
     return result
 
 
@@ -63,7 +64,7 @@ def test_an_unknown_cell_of_the_paper_lists_the_known_ones(cell_of, names):
 @pytest.mark.parametrize("number", [3, 4])
 def test_a_table_has_the_columns_and_one_line_per_row_metric_and_protocol(runs, number):
     frame = table(number, runs, "smoke")
-    assert list(frame.columns) == COLUMNS == "table,row,metric,paper,measured,ci_low,ci_high,images,preset,dataset,steps,seed,protocol,run".split(",")
+    assert list(frame.columns) == COLUMNS == "table,row,metric,paper,measured,spread,ci_low,ci_high,images,preset,dataset,steps,seed,protocol,run".split(",")
     assert list(frame["row"].unique()) == list(table_runs(number))
     assert not frame.duplicated(["row", "metric", "protocol"]).any()
     first = read_json(runs / "smoke" / f"{table_runs(number)[frame['row'][0]]}-s0" / "metrics.json")
@@ -111,15 +112,16 @@ def test_a_metric_without_weights_is_blank_and_says_why(runs, tmp_path):
 def test_a_missing_run_names_itself_and_what_to_do(runs):
     (runs / "smoke" / "far-random-s0" / "metrics.json").unlink()
     (runs / "smoke" / "far-random-s0" / "train.ipynb").touch()
-    with pytest.raises(FarError, match=r"far-random-s0.*train\.ipynb.*--preset smoke --only table4 --seed 0"): table(4, runs, "smoke")
+    with pytest.raises(FarError, match=r"far-random-s0.*train\.ipynb.*--preset smoke --only table4 --seeds 0"): table(4, runs, "smoke")
     assert len(table(3, runs, "smoke"))                                # the other table does not need it
-    with pytest.raises(FarError, match="lama-s5"): table(3, runs, "smoke", seed=5)
+    with pytest.raises(FarError, match="lama-s5"): table(3, runs, "smoke", seeds=(5,))
 
 
 @pytest.mark.parametrize("change, message", [
     ({"preset": "tiny"}, "preset 'tiny'"), ({"seed": 3}, "seed 3"), ({"data_hash": "other"}, "different pictures")])
 def test_runs_that_do_not_belong_together_are_refused(runs, change, message):
-    write_run(runs, "far", **change)
+    path = runs / "smoke" / "far-s0" / "metrics.json"
+    write_json(path, read_json(path) | change)
     with pytest.raises(FarError, match=message): table(4, runs, "smoke")
 
 
@@ -133,6 +135,63 @@ def test_a_torn_or_foreign_file_is_refused(runs):
 def test_an_unknown_table_is_refused(runs, tmp_path):
     with pytest.raises(FarError, match="unknown table '9'"): table(9, runs, "smoke")
     with pytest.raises(FarError, match="columns"): write_table(pd.DataFrame({"a": [1]}), 4, tmp_path)
+
+
+# --- several seeds ---
+
+def test_seeds_give_their_mean_and_spread(runs):
+    for k, experiment in enumerate(table_runs(4).values()):
+        for seed, more in ((1, 0.3), (2, -0.6)): write_run(runs, experiment, offset=0.1 * k + more, seed=seed)
+    one, three = table(4, runs, "smoke"), table(4, runs, "smoke", seeds=(0, 1, 2))
+    for row in table_runs(4):
+        single, found = (cell(frame, row, "PSNR", "paper") for frame in (one, three))
+        assert found["measured"] == pytest.approx(single["measured"] - 0.1) and found["spread"] == pytest.approx(np.std([0, 0.3, -0.6], ddof=1))
+        assert pd.isna(single["spread"]) and found["seed"] == "0, 1, 2" and found["run"].count("-s") == 3
+        assert found["ci_low"] < found["measured"] < found["ci_high"]                              # over the pictures, of the mean over the seeds
+        assert pd.isna(cell(three, row, "FID", "paper")["measured"]) and cell(three, row, "FID (lite0)", "standard")["spread"] > 0
+    text = tables._markdown(three, 4)
+    assert "± 0.46 [" in text and "± the standard deviation over the seeds" in text and "seed 0, 1, 2" in text
+
+
+# --- Table 5: groups, and rows that cannot be filled ---
+
+@pytest.fixture
+def five(tmp_path):
+    for k, experiment in enumerate(table_runs(5).values()):
+        name = {"far-full": "far", "lama-full": "lama"}.get(experiment, experiment)             # smoke trains its ablations in full
+        which = EXPERIMENTS[experiment].data
+        if EXPERIMENTS[experiment].spec != "folder": write_run(tmp_path, name, 0.1 * k, dataset=f"my {which}", data_hash=which, steps=10 if k % 2 else None)
+    return tmp_path
+
+
+def test_table_5_orders_within_each_group(five, tmp_path):
+    frame = table(5, five, "smoke")
+    assert [row for row in frame["row"].unique() if row.startswith("faces")] == [f"faces: {name}" for name in
+                                                                                 ("Co-Mod-GAN", "LaMa", "FAR", "MAE alone", "Telea", "biharmonic")]
+    assert list(dict.fromkeys(map(tables.group, frame["row"]))) == ["faces", "scenes", "HR scenes"]
+    found = tables.verdicts(frame)
+    assert found["faces: PSNR"].verdict == "reproduced" and {(pair.low, pair.high) for pair in found["faces: PSNR"].pairs} == {("faces: LaMa", "faces: FAR")}
+    assert {tables.group(row) for name, order in found.items() for pair in order.pairs for row in (pair.low, pair.high) if name.startswith("HR")} == {"HR scenes"}
+    psnr = tables._grid(frame, "paper")["PSNR"]["here"]
+    assert sum(best for _, best in psnr) == 3                                                   # one best row in each group
+
+
+def test_a_row_that_nobody_can_fill_is_blank_and_says_why(five, tmp_path):
+    _, markdown, tex = (path.read_text() for path in write_table(table(5, five, "smoke"), 5, tmp_path / "out"))
+    blank = next(line for line in markdown.splitlines() if "scenes: EdgeConnect" in line)
+    assert "23.30 | – " in blank and re.search(r"\) scenes: EdgeConnect is empty: .*--outputs", markdown)
+    assert next(line for line in markdown.splitlines() if "scenes: ICT" in line).count("–") >= 8     # the paper has no numbers for it either
+    assert "scenes: EdgeConnect" in tex and tex.count(r"\midrule") == 2 * 3
+
+
+def test_the_plan_says_which_rows_stay_empty(five):
+    write_json(five / "smoke" / "plan.json", {"absent": {"far-faces": "no faces were given (--faces)"}})
+    with pytest.raises(FarError, match="co-mod-gan-faces-s0"): table(5, five, "smoke")       # planned now, and not there
+    write_json(five / "smoke" / "plan.json", {"absent": {name: "no faces" if experiment.data == "faces" else "no pictures" for name, experiment in EXPERIMENTS.items()
+                                                         if experiment.data == "faces" or experiment.spec == "folder"}})
+    frame = table(5, five, "smoke")
+    assert frame[frame["row"].str.startswith("faces")]["measured"].isna().all() and frame.attrs["absent"]["faces: FAR"] == "no faces"
+    assert "faces: PSNR" not in tables.verdicts(frame)
 
 
 # --- the three files ---

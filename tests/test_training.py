@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from far_nb.acr import ACR, ACRConfig
-from far_nb.core import FarError, read_json, rng
+from far_nb.core import FarError, normalise, read_json, rng
 from far_nb.data import InpaintingDataset, Photographs
 from far_nb.discriminator import PatchDiscriminator
 from far_nb.far import FAR
@@ -246,6 +246,39 @@ def test_model_leaves_as_it_came(tmp_path):
     mae = small_mae()
     run_mae(tmp_path / "run", replace(MAE_CONFIG, steps=1, mixed_precision="bf16"), mae=mae)
     assert "forward" not in vars(mae) and not mae.training and all(weight.dtype == torch.float32 for weight in mae.parameters())
+
+
+@pytest.mark.parametrize("helpful", [True, False])
+def test_partial_variant_is_fine_tuned_from_a_trained_mae(helpful, whole_mae, tmp_path):
+    "Also when the new layer's random start makes things worse, so that alpha is first pushed beyond 1, where the layer has no say."
+    trained, data = MAE.from_pretrained(whole_mae / "model"), dataset("mae")
+    torch.manual_seed(5)
+    mae = MAE(replace(trained.config, partial=True)).start_from(trained)
+    batch = {name: torch.stack([data[0, index][name] for index in range(12)]) for name in ("image", "mask", "token_mask")}
+    loss = lambda: mae.loss(normalise(batch["image"]), batch["token_mask"], batch["mask"])
+    loss().backward()
+    layer = mae.decoder_patch_embed.proj
+    assert mae.alpha.grad != 0 and layer.weight.grad.abs().max() == 0
+    if (mae.alpha.grad > 0) != helpful:                     # mirror the layer's output at the mask token: the gradient changes its sign
+        with torch.no_grad(): layer.weight.neg_(), layer.bias.copy_(2 * mae.mask_token.flatten() - layer.bias)
+    before, start = loss().item(), layer.weight.detach().clone()
+    run_mae(tmp_path / "partial", replace(MAE_CONFIG, steps=80, log_every=20), mae=mae)
+    log = pd.read_csv(tmp_path / "partial/log.csv")
+    assert 0.5 < log.alpha.iloc[-1] < 0.999 and log.alpha.iloc[-1] == pytest.approx(mae.effective_alpha().item(), abs=1e-5)
+    assert loss().item() < 0.9 * before and (layer.weight - start).abs().mean() > 1e-3
+    again = MAE.from_pretrained(tmp_path / "partial/model")
+    assert again.config.partial and again.effective_alpha() == mae.effective_alpha()
+
+
+def test_partial_variant_starts_as_the_mae_it_comes_from(whole_mae):
+    trained, data = MAE.from_pretrained(whole_mae / "model"), dataset("mae")
+    mae = MAE(replace(trained.config, partial=True, norm_pix=True)).start_from(trained).eval()
+    assert mae.effective_alpha() == 1 and mae.config.norm_pix
+    image, mask = normalise(data[3]["image"][None]), data[3]["mask"][None]
+    with torch.no_grad():
+        for one, other in zip(mae.priors(image, mask), trained.priors(image, mask)): assert torch.equal(one, other)
+    for wrong, message in (({"depth": 2}, "depth 1 against 2"), ({"width": 32}, "width 16 against 32")):
+        with pytest.raises(FarError, match=f"cannot start.*{message}"): mae.start_from(MAE(replace(trained.config, **wrong)))
 
 
 def test_wrong_settings_are_one_line():

@@ -6,9 +6,7 @@ python=$1 rule=$2 name=$3 notebook=$4 executed=$5 code=0
 shift 5
 mkdir -p "$(dirname "$executed")"
 echo "@far start $rule $name 0 0 $executed"
-# Papermill takes three seconds to start, of which the grammar of an optional check of web addresses takes two: leave that out.
-papermill='import sys; sys.modules["rfc3987_syntax"] = None; from papermill.cli import papermill; papermill()'
-"$python" -c "$papermill" "$notebook" "$executed.part" --kernel python3 --no-progress-bar "$@" </dev/null >"$executed.log" 2>&1 || code=$?
+"$python" "$(dirname "$0")/warm.py" papermill "$notebook" "$executed.part" --kernel python3 --no-progress-bar "$@" </dev/null >"$executed.log" 2>&1 || code=$?
 if [ -e "$executed.part" ]; then mv -f "$executed.part" "$executed"; fi
 if [ $code = 0 ]; then rm -f "$executed.log"; fi
 echo "@far end $rule $name $code $SECONDS $executed"
