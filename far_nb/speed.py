@@ -131,7 +131,7 @@ def _lines(metric: str, functions: Mapping[str, Callable[[], Any]], images: int,
         ratio = timing.over(next(iter(timings.values())))
         lines[row] = {"metric": metric, "protocol": "speed", "value": timing.median, "ci_low": timing.low, "ci_high": timing.high, "images": images,
                       "reason": None, "ratio": ratio.median, "ratio_low": ratio.low, "ratio_high": ratio.high, "repeats": timing.repeats,
-                      "warmup": warmup, "peak_memory": peak_memory(functions[row], device)}
+                      "warmup": warmup, "peak_memory": peak_memory(functions[row], device), "readings": list(timing.readings)}
     return lines
 
 
@@ -148,7 +148,7 @@ def measure_far(rows: Mapping[str, FAR], make_discriminator: Callable[[], nn.Mod
     inference. `repeats`, `warmup` as in `measure`; `seconds` is the least time for each of the two metrics. The networks are trained on
     this batch: pass some that are not needed any more. Returns `rows`: row -> lines of "Training (s/batch)" and "Inference (s/image)",
     with the median as `value`, the quartiles as `ci_low` and `ci_high`, the `ratio` to the first row (round by round, with its quartiles)
-    and `peak_memory` in bytes beyond weights and optimiser state; and `conditions`.
+    `readings` round by round, and `peak_memory` in bytes beyond weights and optimiser state; and `conditions`.
     """
     device, how = _accelerator(config).device, {"repeats": repeats, "warmup": warmup, "seconds": seconds}
     images, masks = images.to(device), masks.to(device)
