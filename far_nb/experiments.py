@@ -130,7 +130,7 @@ _tiny = Preset(
     mae_train=_mae_train(800, 32, lr=2e-3, log_every=10, sample_every=400, save_every=200),
     partial_train=_mae_train(200, 32, lr=1e-3, log_every=10, sample_every=200, save_every=200),
     far_train=_far_train(250, 8, channels_last=True, log_every=10, eval_every=25, sample_every=125, save_every=125),
-    hr_train=TrainConfig(40, 4, lr=3e-4, channels_last=True, log_every=10, sample_every=40, save_every=40),
+    hr_train=TrainConfig(60, 4, lr=3e-4, channels_last=True, log_every=10, sample_every=60, save_every=30),
     test_images=128, face_images=128, hr_images=48, eval_images=48)
 
 _small = Preset(

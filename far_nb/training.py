@@ -502,7 +502,8 @@ def opened(self: _Run, start: int) -> Iterator[None]:
             self.out.mkdir(parents=True, exist_ok=True)
             self.rows, self.scores = _Table(self.out / "log.csv", start), _Table(self.out / "eval.csv", start)
             self.board = SummaryWriter(str(self.out / "tb"), purge_step=start + 1)
-        self.bar = tqdm(total=self.config.steps, initial=start, desc=self.out.name, unit="step", mininterval=2, disable=not self.main)
+        self.bar = tqdm(total=self.config.steps, initial=start, desc=self.out.name, unit="step", mininterval=2,
+                        **({} if self.main else {"disable": True}))       # else TQDM_DISABLE decides
         self.clock = time.perf_counter() - self.seconds_before
         yield
     except OSError as error:
