@@ -252,7 +252,7 @@ def _conclude(progress: Progress, code: int, preset: str, targets: Sequence[str]
     index = figures / "README.md"
     if code or progress.done or not index.exists():
         from far_nb.figures import write_index
-        index = write_index(figures, progress.folder / "runs", preset, seeds)
+        index = write_index(figures, progress.folder / "runs", preset, seeds, progress.failed)
     say(f"index: {index}")
     return 0 if code == 0 else 1
 

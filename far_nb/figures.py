@@ -27,9 +27,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from .core import FarError, atomic_path, denormalise, provenance, require_choice, rng
+from .core import FarError, atomic_path, denormalise, provenance, read_json, require_choice, rng
 from .data import sample_objects, test_set
-from .experiments import (Preset, Sources, build_far, build_mae, build_test_set, get_experiment, get_preset, outputs_of, resolve, run_folder,
+from .experiments import (Preset, Sources, absent, build_far, build_mae, build_test_set, get_experiment, get_preset, outputs_of, resolve, run_folder,
                                 run_name, shown)
 from .far import FAR, composite, mae_view
 from .inpaint import get_method
@@ -51,15 +51,15 @@ def _style() -> AbstractContextManager:
     return plt.rc_context(_STYLE)
 
 
-def _figure(**options: Any) -> Figure:
-    "A new figure that pyplot forgets at once: a notebook shows it once, and a hundred of them do not pile up."
-    figure = plt.figure(dpi=100, **options)
+def _figure(dpi: float = 100, **options: Any) -> Figure:
+    "A new figure that pyplot forgets at once: a notebook shows it once, and a hundred of them do not pile up. Saved with twice the `dpi`."
+    figure = plt.figure(dpi=dpi, **options)
     plt.close(figure)
     return figure
 
 # %% ../nbs/18_figures.ipynb #bb248b48
 def save_figure(figure: Figure, stem: str | Path, provenance: Mapping[str, Any]) -> list[Path]:
-    """Write stem.png (200 dpi) and stem.pdf (vector, text as text) with title, preset, runs and commit in their metadata; returns both.
+    """Write stem.png (200 dpi; sheets of small pictures less) and stem.pdf (vector, text as text) with title, preset, runs and commit in their metadata; returns both.
 
     No dates are written, so that the same figure from the same commit gives the same bytes."""
     commit = (provenance.get("git_commit") or "unknown")[:10] + (" with uncommitted changes" if provenance.get("git_dirty") else "")
@@ -73,7 +73,7 @@ def save_figure(figure: Figure, stem: str | Path, provenance: Mapping[str, Any])
     with _style():
         for suffix, entries in metadata.items():
             paths.append(Path(f"{stem}.{suffix}"))
-            with atomic_path(paths[-1]) as temporary: figure.savefig(temporary, format=suffix, dpi=200, metadata=entries)
+            with atomic_path(paths[-1]) as temporary: figure.savefig(temporary, format=suffix, dpi=2 * figure.dpi, metadata=entries)
     return paths
 
 # %% ../nbs/18_figures.ipynb #41d57187
@@ -141,8 +141,9 @@ def picture_sheet(*panels: Panel | Mapping[str, Tensor], width: float = _PAGE) -
     "Sheet of panels below each other, `width` inches wide; a plain `title -> pictures (N,3,H,W)` is a panel without heading. Square pictures."
     panels = [panel if isinstance(panel, Panel) else Panel(panel) for panel in panels]
     tops = np.cumsum([0, *(panel.height(width) + 0.12 for panel in panels)])
+    resolved = max(next(iter(panel.columns.values())).shape[-1] / panel.cell(width) for panel in panels)      # pixels per inch
     with _style():
-        figure = _figure(figsize=(width, tops[-1] - 0.12))
+        figure = _figure(min(max(resolved, 120), 300) / 2, figsize=(width, tops[-1] - 0.12))
         for panel, top in zip(panels, tops): _draw_panel(figure, panel, top)
     return figure
 
@@ -167,7 +168,7 @@ SHEETS: dict[int, tuple[Sheet, ...]] = {
                                        "ICT": "ict-scenes", "MAE": "mae-mixed", "LaMa": "lama-full", "FAR": "far-full"}),),
     7: (Sheet("faces", "image_size", {"Co-Mod-GAN": "co-mod-gan-faces", "LaMa": "lama-faces", "FAR": "far-faces"}, across=2, heading="(A) faces"),
         Sheet("hr", "figure_size", {"LaMa": "hr-lama", "FAR": "hr"}, count=2, heading="(B) high resolution")),
-    8: (Sheet("hr", "hr_size", {"HiFill": "hifill-hr", "Co-Mod-GAN": "co-mod-gan-hr", "LaMa": "hr-lama", "FAR": "hr", "MAE": "mae-mixed"}),)}
+    8: (Sheet("hr", "hr_size", {"HiFill": "hifill-hr", "Co-Mod-GAN": "co-mod-gan-hr", "LaMa": "hr-lama", "FAR": "hr", "MAE": "mae-mixed"}, count=3),)}
 
 # %% ../nbs/18_figures.ipynb #cd09110a
 def model_folder(runs: str | Path, preset: str, experiment: str, seed: int, number: int) -> Path:
@@ -206,6 +207,11 @@ def figure_pictures(preset: Preset, which: str, sources: Sources, size: int) -> 
     return test_set(faces if which == "faces" else scenes, size, _ROWS)
 
 # %% ../nbs/18_figures.ipynb #4999ff10
+def _possible(sheet: Sheet, missing: Mapping[str, str]) -> bool:
+    "Whether the networks of a sheet can be trained: without faces, none of the faces' can."
+    return not any(name in missing and get_experiment(name).spec != "folder" for name in sheet.columns.values())
+
+
 def _panel(number: int, sheet: Sheet, runs: str | Path, preset: str, seed: int, sources: Sources) -> Panel:
     "The sheet's columns: masked, a prediction per method in the hole of the original, original."
     given, methods = given_outputs(number, sources), {}
@@ -225,8 +231,9 @@ def _panel(number: int, sheet: Sheet, runs: str | Path, preset: str, seed: int, 
 
 
 def _sheets(number: int, runs: str | Path, preset: str, seed: int = 0, sources: Sources = Sources()) -> Figure:
-    "Figure `number` of `SHEETS`. A model that is not there is a `FarError`; other programs' pictures that are not there leave no column."
-    return picture_sheet(*(_panel(number, sheet, runs, preset, seed, sources) for sheet in SHEETS[number]))
+    "Figure `number` of `SHEETS`. A model that is not there is a `FarError`; what cannot be there (no faces, no pictures of another program) is left out."
+    missing = absent(get_preset(preset), sources)
+    return picture_sheet(*(_panel(number, sheet, runs, preset, seed, sources) for sheet in SHEETS[number] if _possible(sheet, missing)))
 
 # %% ../nbs/18_figures.ipynb #f37e1efb
 def figure1(runs: str | Path, preset: str, seed: int = 0, sources: Sources = Sources()) -> Figure:
@@ -660,10 +667,11 @@ FIGURES: dict[int, Drawing] = {
 _TRAINED = ("mae", "far", "hr")
 
 
-def figure_runs(number: int, preset: str, seed: int = 0) -> list[str]:
+def figure_runs(number: int, preset: str, seed: int = 0, sources: Sources = Sources()) -> list[str]:
     "Names of the trained runs that figure `number` shows in this preset; an unknown figure or preset is a `FarError`."
     require_choice("figure", str(number), [str(figure) for figure in FIGURES])
-    return [run_name(name, seed) for name in shown(get_preset(preset), f"figure{number}") if get_experiment(name).kind in _TRAINED]
+    missing = absent(get_preset(preset), sources)
+    return [run_name(name, seed) for name in shown(get_preset(preset), f"figure{number}") if get_experiment(name).kind in _TRAINED and name not in missing]
 
 
 def figure_provenance(number: int, preset: str, seed: int = 0, sources: Sources = Sources()) -> dict[str, Any]:
@@ -672,8 +680,10 @@ def figure_provenance(number: int, preset: str, seed: int = 0, sources: Sources 
     given = given_outputs(number, sources)
     others = {what: ", ".join(dict.fromkeys(names[name] for name in given if bool(given[name]) == there))
               for what, there in (("pictures given: ", True), ("left out, as no pictures were given: ", False))}
+    missing = absent(get_preset(preset), sources)
+    others["left out, as no faces were given: "] = ", ".join(sheet.heading for sheet in SHEETS.get(number, ()) if not _possible(sheet, missing))
     return {**provenance(), "title": f"Figure {number}: {FIGURES[number].title}" if number in FIGURES else "", "preset": preset, "seed": seed,
-            "runs": figure_runs(number, preset, seed), "others": "; ".join(what + text for what, text in others.items() if text)}
+            "runs": figure_runs(number, preset, seed, sources), "others": "; ".join(what + text for what, text in others.items() if text)}
 
 # %% ../nbs/18_figures.ipynb #bf13a4a7
 _VERDICTS = {"reproduced": "is the paper's for", "partly reproduced": "is partly the paper's for", "not reproduced": "is not the paper's for",
@@ -715,8 +725,8 @@ def _collect_tables(runs: str | Path, preset: str, seeds: Sequence[int]) -> tupl
     return frames, missing
 
 
-def _why_no_figure(number: int, runs: str | Path, preset: str, seed: int) -> str:
-    unfinished = [name for name in figure_runs(number, preset, seed) if not (Path(runs) / preset / name / "train.json").exists()]
+def _why_no_figure(number: int, runs: str | Path, preset: str, seed: int, sources: Sources) -> str:
+    unfinished = [name for name in figure_runs(number, preset, seed, sources) if not (Path(runs) / preset / name / "train.json").exists()]
     what = f"needs {_and(unfinished)}, which did not finish" if unfinished else f"was not drawn: see runs/{preset}/figures/figure{number}.ipynb"
     return f"{what}; run far reproduce --preset {preset} --only figure{number}"
 
@@ -727,10 +737,10 @@ def _table_line(number: int, frame: pd.DataFrame, figures: Path) -> str:
     return f"| **Table {number}.** {_TABLES[number][0]} | {' '.join(files) or 'not written'} | {', '.join(names) or 'none'} |"
 
 
-def _figure_line(number: int, figures: Path, preset: str, seed: int) -> str:
+def _figure_line(number: int, figures: Path, preset: str, seed: int, sources: Sources) -> str:
     with Image.open(figures / f"figure{number}.png") as picture: about = picture.text.get("Description", "")
     others = [f"{part[0].upper()}{part[1:]}." for part in about.split("; ") if part.startswith(("pictures given", "left out"))]
-    names = ", ".join(figure_runs(number, preset, seed))
+    names = ", ".join(figure_runs(number, preset, seed, sources))
     text = " ".join([f"**Figure {number}.** {FIGURES[number].title}. {FIGURES[number].caption}", *others, f"Runs: {names}." if names else "No run."])
     return f'| <a href="figure{number}.pdf"><img src="figure{number}.png" width="300" alt="Figure {number}"></a> | {text} |'
 
@@ -748,12 +758,16 @@ def _rows(head: str, lines: Sequence[str]) -> str:
     return "\n".join([head, "|---" * (head.count("|") - 1) + "|", *lines]) if lines else "None."
 
 # %% ../nbs/18_figures.ipynb #a8c6521e
-def write_index(figures: str | Path, runs: str | Path, preset: str, seeds: Sequence[int] = (0,)) -> Path:
-    "Write `figures`/README.md (`figures` = DIR/figures/PRESET) from the tables' runs and the figures that lie there; returns its path."
+def write_index(figures: str | Path, runs: str | Path, preset: str, seeds: Sequence[int] = (0,), failed: Mapping[str, str] = {}) -> Path:
+    """Write `figures`/README.md (`figures` = DIR/figures/PRESET) from the tables' runs and the figures that lie there; returns its path.
+
+    `failed`: what the last call could not make (a run, table or figure), with the notebook that holds the error."""
     figures, commit, purpose = Path(figures), provenance(), get_preset(preset).purpose
+    plan = Path(runs) / preset / "plan.json"
+    sources = Sources(**read_json(plan).get("sources", {})) if plan.exists() else Sources()
     frames, missing = _collect_tables(runs, preset, seeds)
     drawn = [number for number in FIGURES if (figures / f"figure{number}.png").exists()]
-    missing |= {f"Figure {number}": _why_no_figure(number, runs, preset, seeds[0]) for number in FIGURES if number not in drawn}
+    missing |= {f"Figure {number}": _why_no_figure(number, runs, preset, seeds[0], sources) for number in FIGURES if number not in drawn}
     data = sorted({_without_paths(name, runs) for frame in frames.values() for name in frame["dataset"].dropna()})
     state = " with uncommitted changes" if commit["git_dirty"] else ""
     parts = [f"# Tables and figures of the preset {preset}",
@@ -764,7 +778,9 @@ def write_index(figures: str | Path, runs: str | Path, preset: str, seeds: Seque
              "A pair of rows counts when the two stand in the paper's order; it may be luck when the 95 % bootstrap interval of the paired "
              "difference contains 0. (lite0) metrics stand for FID and LPIPS on another network's features. Each table's notes name the pairs.",
              "## Tables", _rows("| table | files | runs |", [_table_line(number, frame, figures) for number, frame in frames.items()]),
-             "## Figures", _rows("| figure | what it shows |", [_figure_line(number, figures, preset, seeds[0]) for number in drawn]),
+             "## Figures", _rows("| figure | what it shows |", [_figure_line(number, figures, preset, seeds[0], sources) for number in drawn]),
              "## Missing", "\n".join(f"- {name}: {why}" for name, why in missing.items()) or "Nothing."]
+    if failed: parts += ["## Failed in the last call", "What stands on these was not made again: above it is missing, or from an earlier call.",
+                         "\n".join(f"- {name}: see {_without_paths(notebook, runs)}" for name, notebook in failed.items())]
     with atomic_path(figures / "README.md") as temporary: temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return figures / "README.md"

@@ -58,8 +58,8 @@ def test_every_source_and_seed_reaches_the_plan(tmp_path, monkeypatch):
 @pytest.mark.parametrize("code", [0, 1])
 def test_the_index_is_written_after_a_run_and_its_place_told(tmp_path, monkeypatch, capsys, code):
     calls = []
-    def write_index(figures, runs, preset, seeds):
-        calls.append((figures, runs, preset, seeds))
+    def write_index(figures, runs, preset, seeds, failed):
+        calls.append((figures, runs, preset, seeds, failed))
         figures.mkdir(parents=True, exist_ok=True)
         (figures / "README.md").write_text("index")
         return figures / "README.md"
@@ -67,7 +67,7 @@ def test_the_index_is_written_after_a_run_and_its_place_told(tmp_path, monkeypat
     progress = Progress(tmp_path, Console(width=300, force_jupyter=False), done=1)
     if code: progress.failed["far-s0"] = "runs/smoke/far-s0/train.ipynb"
     assert cli._conclude(progress, code, "smoke", ["table4"], [0, 1]) == code
-    assert calls == [(tmp_path / "figures/smoke", tmp_path / "runs", "smoke", [0, 1])]
+    assert calls == [(tmp_path / "figures/smoke", tmp_path / "runs", "smoke", [0, 1], progress.failed)]
     assert f"index: {tmp_path}/figures/smoke/README.md" in capsys.readouterr().out
     cli._conclude(Progress(tmp_path, progress.console), 0, "smoke", ["table4"], [0, 1])          # nothing was to do: the index stays as it is
     assert len(calls) == 1

@@ -273,6 +273,14 @@ def test_labels_move_apart_and_keep_their_order():
         assert all((moved[i] <= moved[j]) for i, j in combinations(range(len(heights)), 2) if heights[i] <= heights[j])
 
 
+def test_without_faces_figure_7_shows_the_rest_and_says_so(trained, monkeypatch):
+    faceless = replace(SMOKE, faces=None)
+    monkeypatch.setattr(figures, "get_preset", lambda preset: faceless)
+    assert titles(FIGURES[7].draw(trained, "smoke")) == ["masked", "LaMa", "FAR", "original"]
+    about = figure_provenance(7, "smoke")
+    assert "left out, as no faces were given: (A) faces" in about["others"] and not [name for name in about["runs"] if "faces" in name]
+
+
 # Files and the index
 
 
@@ -284,7 +292,7 @@ def test_a_saved_figure_is_a_png_and_a_pdf_that_say_where_they_come_from(trained
     assert (png.name, pdf.name) == ("figure6.png", "figure6.pdf") and pdf.read_bytes().startswith(b"%PDF")
     with Image.open(png) as image:
         about = image.text
-        assert image.width == pytest.approx(6.9 * 200, abs=1)
+        assert image.width == pytest.approx(6.9 * 120, abs=1)         # pictures of 64 px need no more; text stays text in the PDF
     assert about["Title"] == "Figure 6: Qualitative results on scenes"
     for part in ("smoke", "lama-s0", "0123456789", "uncommitted", "EdgeConnect"): assert part in about["Description"] and part.encode() in pdf.read_bytes()
     before = png.read_bytes(), pdf.read_bytes()
@@ -340,3 +348,8 @@ def test_every_link_of_the_index_leads_to_a_file(tables, trained, tmp_path):
     assert "Left out, as no pictures were given: EdgeConnect, Co-Mod-GAN, CTSDG, ICT." in text       # from the picture's own metadata
     links = [part.split('"')[0] for key in ('href="', 'src="') for part in text.split(key)[1:]] + [part.split(")")[0] for part in text.split("](")[1:]]
     assert links and all((tmp_path / link).exists() for link in links)
+
+
+def test_the_index_tells_what_failed(tables, tmp_path):
+    text = write_index(tmp_path / "figures" / "smoke", tmp_path / "runs", "smoke", failed={"far-s0": "runs/smoke/far-s0/train.ipynb"}).read_text()
+    assert "Failed in the last call" in text and "- far-s0: see runs/smoke/far-s0/train.ipynb" in text

@@ -194,6 +194,40 @@ def test_the_plan_says_which_rows_stay_empty(five):
     assert "faces: PSNR" not in tables.verdicts(frame)
 
 
+# --- Table 6: seconds ---
+
+@pytest.fixture
+def timed(tmp_path):
+    rows, seconds = {}, {"Training (s/batch)": (0.4, 0.5, 0.51), "Inference (s/image)": (0.01, 0.02, 0.019)}
+    for k, row in enumerate(table_runs(6)):
+        rows[row] = []
+        for metric, values in seconds.items():
+            readings = values[k] * (1 + 0.01 * np.arange(11))                                     # a machine that slows down, for all rows alike
+            rows[row].append({"metric": metric, "protocol": "speed", "value": float(np.median(readings)), "ci_low": float(np.quantile(readings, 0.25)),
+                              "ci_high": float(np.quantile(readings, 0.75)), "images": 8, "reason": None, "ratio": values[k] / values[0],
+                              "ratio_low": values[k] / values[0], "ratio_high": values[k] / values[0], "repeats": 11, "warmup": 2,
+                              "peak_memory": 10_000_000 * (k + 1), "readings": readings.tolist()})
+    write_json(tmp_path / "smoke" / "speed-s0" / "metrics.json",
+               {"run": "speed-s0", "experiment": "speed", "preset": "smoke", "dataset": "sample-scenes", "data_hash": "", "images": 8, "steps": None, "seed": 0,
+                "provenance": {}, "rows": rows, "conditions": {"device": "a machine", "batch": 8}})
+    return tmp_path
+
+
+def test_table_6_sets_ratios_beside_the_papers(timed, tmp_path):
+    frame = table(6, timed, "smoke")
+    assert list(frame["metric"].unique()) == ["Training (s/batch)", "Training (ratio)", "Inference (s/image)", "Inference (ratio)", "Training (MB)", "Inference (MB)"]
+    training = frame[frame["metric"] == "Training (ratio)"]
+    assert training["measured"].tolist() == pytest.approx([1, 1.25, 1.275]) and training["paper"].tolist() == pytest.approx([1, 1.2510 / 1.0101, 1.2604 / 1.0101])
+    assert frame[frame["metric"] == "Training (MB)"]["measured"].tolist() == [10, 20, 30] and frame[frame["metric"] == "Training (MB)"]["paper"].isna().all()
+    assert cell(frame, "no MAE", "Training (s/batch)", "speed")["paper"] == 1.0101
+    found = tables.verdicts(frame)
+    assert set(found) == {"Training (s/batch)", "Inference (s/image)"}
+    assert found["Training (s/batch)"].verdict == "reproduced" and not found["Training (s/batch)"].undecided       # round by round, the drift cancels
+    assert found["Inference (s/image)"].verdict == "partly reproduced"
+    text = write_table(frame, 6, tmp_path / "out")[1].read_text()
+    assert "device a machine" in text and "round by round" in text and "bootstrap interval over the test images" not in text
+
+
 # --- the three files ---
 
 def test_the_csv_keeps_every_digit(runs, tmp_path):

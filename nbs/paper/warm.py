@@ -15,7 +15,7 @@ kernels/python3 in this folder, so that executed notebooks name the kernel that 
 import atexit, gc, importlib, json, os, runpy, signal, socket, struct, sys, threading
 
 LIBRARIES = ("papermill.cli", "papermill.clientwrap", "ipykernel.kernelapp", "torch", "torch._dynamo", "torch.utils.tensorboard",
-             "torchvision", "timm", "accelerate", "lpips", "torch_fidelity", "skimage.metrics", "skimage.segmentation", "seaborn",
+             "torchvision", "timm", "accelerate", "lpips", "torch_fidelity", "skimage.metrics", "skimage.segmentation",
              "matplotlib.pyplot", "matplotlib.backends.backend_pdf", "pandas", "far_nb.figures")
 
 connection, status = None, 1         # of a forked process: its line to the process that stands for it, and what it will end with
