@@ -51,13 +51,20 @@ def _style() -> AbstractContextManager:
     return plt.rc_context(_STYLE)
 
 
-def _figure(dpi: float = 100, **options: Any) -> Figure:
-    "A new figure that pyplot forgets at once: a notebook shows it once, and a hundred of them do not pile up. Saved with twice the `dpi`."
-    figure = plt.figure(dpi=dpi, **options)
+def _figure(**options: Any) -> Figure:
+    "A new figure that pyplot forgets at once: a notebook shows it once, and a hundred of them do not pile up."
+    figure = plt.figure(dpi=100, **options)
     plt.close(figure)
     return figure
 
 # %% ../nbs/18_figures.ipynb #bb248b48
+def _resolution(figure: Figure) -> float:
+    "Dots per inch of a saved figure: 200, or, for a sheet of photographs, as many as these have, 120 to 300: more would only make the file larger."
+    inches = [axis.get_position().width * figure.get_figwidth() for axis in figure.axes]
+    sheet = all(axis.images and axis.images[0].get_interpolation() == "bicubic" for axis in figure.axes)
+    return min(max(120, *(axis.images[0].get_array().shape[1] / width for axis, width in zip(figure.axes, inches))), 300) if sheet else 200
+
+
 def save_figure(figure: Figure, stem: str | Path, provenance: Mapping[str, Any]) -> list[Path]:
     """Write stem.png (200 dpi; sheets of small pictures less) and stem.pdf (vector, text as text) with title, preset, runs and commit in their metadata; returns both.
 
@@ -73,7 +80,7 @@ def save_figure(figure: Figure, stem: str | Path, provenance: Mapping[str, Any])
     with _style():
         for suffix, entries in metadata.items():
             paths.append(Path(f"{stem}.{suffix}"))
-            with atomic_path(paths[-1]) as temporary: figure.savefig(temporary, format=suffix, dpi=2 * figure.dpi, metadata=entries)
+            with atomic_path(paths[-1]) as temporary: figure.savefig(temporary, format=suffix, dpi=_resolution(figure), metadata=entries)
     return paths
 
 # %% ../nbs/18_figures.ipynb #41d57187
@@ -141,9 +148,8 @@ def picture_sheet(*panels: Panel | Mapping[str, Tensor], width: float = _PAGE) -
     "Sheet of panels below each other, `width` inches wide; a plain `title -> pictures (N,3,H,W)` is a panel without heading. Square pictures."
     panels = [panel if isinstance(panel, Panel) else Panel(panel) for panel in panels]
     tops = np.cumsum([0, *(panel.height(width) + 0.12 for panel in panels)])
-    resolved = max(next(iter(panel.columns.values())).shape[-1] / panel.cell(width) for panel in panels)      # pixels per inch
     with _style():
-        figure = _figure(min(max(resolved, 120), 300) / 2, figsize=(width, tops[-1] - 0.12))
+        figure = _figure(figsize=(width, tops[-1] - 0.12))
         for panel, top in zip(panels, tops): _draw_panel(figure, panel, top)
     return figure
 
