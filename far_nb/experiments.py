@@ -123,13 +123,13 @@ _smoke = Preset(
     test_images=16, face_images=16, hr_images=8, eval_images=4)
 
 _tiny = Preset(
-    "tiny", image_size=64, hr_size=128, hr_step=16, figure_size=256, purpose="every table and figure from the sample photographs on a CPU",
+    "tiny", image_size=64, hr_size=128, hr_step=16, figure_size=160, purpose="every table and figure from the sample photographs on a CPU",
     mae=MAEConfig(64, 8, width=96, depth=3, heads=4, decoder_width=96, decoder_depth=3, decoder_heads=4),
     acr=ACRConfig(width=12, blocks=3, prior_width=96, prior_stride=8, grid=8),
     discriminator_width=16, perceptual="lite0",
     mae_train=_mae_train(800, 32, lr=2e-3, log_every=10, sample_every=400, save_every=200),
     partial_train=_mae_train(200, 32, lr=1e-3, log_every=10, sample_every=200, save_every=200),
-    far_train=_far_train(250, 8, channels_last=True, log_every=10, eval_every=25, sample_every=125, save_every=125),
+    far_train=_far_train(300, 8, channels_last=True, log_every=10, eval_every=30, sample_every=150, save_every=150),
     hr_train=TrainConfig(60, 4, lr=3e-4, channels_last=True, log_every=10, sample_every=60, save_every=30),
     test_images=128, face_images=128, hr_images=48, eval_images=48)
 

@@ -59,10 +59,10 @@ def _figure(**options: Any) -> Figure:
 
 # %% ../nbs/18_figures.ipynb #bb248b48
 def _resolution(figure: Figure) -> float:
-    "Dots per inch of a saved figure: 200, or, for a sheet of photographs, as many as these have, 120 to 300: more would only make the file larger."
+    "Dots per inch of a saved figure: 200, or, for a sheet of photographs, as many as these have, 100 to 200: more would only make the file larger."
     inches = [axis.get_position().width * figure.get_figwidth() for axis in figure.axes]
-    sheet = all(axis.images and axis.images[0].get_interpolation() == "bicubic" for axis in figure.axes)
-    return min(max(120, *(axis.images[0].get_array().shape[1] / width for axis, width in zip(figure.axes, inches))), 300) if sheet else 200
+    sheet = all(len(axis.images) == 1 and not axis.patches and axis.images[0].get_interpolation() == "bicubic" for axis in figure.axes)
+    return min(max(100, *(axis.images[0].get_array().shape[1] / width for axis, width in zip(figure.axes, inches))), 200) if sheet else 200
 
 
 def save_figure(figure: Figure, stem: str | Path, provenance: Mapping[str, Any]) -> list[Path]:
@@ -161,20 +161,20 @@ class Sheet:
     size: str                           # field of the preset
     columns: Mapping[str, str]          # title -> experiment
     original: bool = True               # ends with the photographs
-    count: int = 4
+    count: int = 3
     across: int = 1
     heading: str = ""
 
 
 SHEETS: dict[int, tuple[Sheet, ...]] = {
-    1: (Sheet("hr", "figure_size", {"MAE": "mae-mixed", "LaMa": "hr-lama", "FAR": "hr"}, original=False, count=3),),
+    1: (Sheet("hr", "figure_size", {"MAE": "mae-mixed", "LaMa": "hr-lama", "FAR": "hr"}, original=False),),
     4: (Sheet("ablation", "image_size", {"MAE": "mae-mixed", "FAR": "far", "MAE, partial\nfine-tuning": "mae-partial",
                                          "FAR on the\nfine-tuned MAE": "far-partial"}),),
     6: (Sheet("scenes", "image_size", {"EdgeConnect": "edgeconnect-scenes", "Co-Mod-GAN": "co-mod-gan-scenes", "CTSDG": "ctsdg-scenes",
                                        "ICT": "ict-scenes", "MAE": "mae-mixed", "LaMa": "lama-full", "FAR": "far-full"}),),
-    7: (Sheet("faces", "image_size", {"Co-Mod-GAN": "co-mod-gan-faces", "LaMa": "lama-faces", "FAR": "far-faces"}, across=2, heading="(A) faces"),
+    7: (Sheet("faces", "image_size", {"Co-Mod-GAN": "co-mod-gan-faces", "LaMa": "lama-faces", "FAR": "far-faces"}, count=4, across=2, heading="(A) faces"),
         Sheet("hr", "figure_size", {"LaMa": "hr-lama", "FAR": "hr"}, count=2, heading="(B) high resolution")),
-    8: (Sheet("hr", "hr_size", {"HiFill": "hifill-hr", "Co-Mod-GAN": "co-mod-gan-hr", "LaMa": "hr-lama", "FAR": "hr", "MAE": "mae-mixed"}, count=3),)}
+    8: (Sheet("hr", "hr_size", {"HiFill": "hifill-hr", "Co-Mod-GAN": "co-mod-gan-hr", "LaMa": "hr-lama", "FAR": "hr", "MAE": "mae-mixed"}),)}
 
 # %% ../nbs/18_figures.ipynb #cd09110a
 def model_folder(runs: str | Path, preset: str, experiment: str, seed: int, number: int) -> Path:

@@ -60,7 +60,7 @@ def test_sheets_have_the_papers_columns(trained, number, expected):
 
 def test_figures_of_one_set_and_size_show_the_same_pictures_and_holes(trained):
     first, second = (FIGURES[number].draw(trained, "smoke").axes for number in (4, 6))
-    for row in range(4):
+    for row in range(3):
         for column in (0, -1):      # masked, original
             np.testing.assert_array_equal(picture(first[6 * row:6 * row + 6][column]), picture(second[5 * row:5 * row + 5][column]))
     large, panel = FIGURES[1].draw(trained, "smoke").axes, FIGURES[7].draw(trained, "smoke").axes[16:]
@@ -70,7 +70,7 @@ def test_figures_of_one_set_and_size_show_the_same_pictures_and_holes(trained):
 def test_a_prediction_is_pasted_into_the_hole_of_the_original(trained, monkeypatch):
     greys = {"mae-mixed-s0": 0.1, "lama-s0": 0.2, "far-s0": 0.3}
     monkeypatch.setattr(figures, "get_method", lambda spec: lambda i, m, names: torch.full_like(i, greys[Path(spec.partition(":")[2]).parent.name]))
-    rows = np.array(FIGURES[6].draw(trained, "smoke").axes).reshape(4, 5)
+    rows = np.array(FIGURES[6].draw(trained, "smoke").axes).reshape(3, 5)
     pictures = figures.figure_pictures(SMOKE, "scenes", Sources(), SMOKE.image_size)
     images, masks = (pictures[key].permute(0, 2, 3, 1).numpy() for key in ("images", "masks"))
     for row, image, mask in zip(rows, images, masks):
@@ -91,7 +91,7 @@ def test_other_programs_pictures_join_where_they_are_given(trained, tmp_path):
     evaluated = figures.build_test_set(SMOKE, "scenes", sources)
     (tmp_path / "scenes" / "ctsdg").mkdir(parents=True)
     for name in evaluated["names"]: Image.new("RGB", (SMOKE.image_size,) * 2, (255, 0, 0)).save(tmp_path / "scenes" / "ctsdg" / f"{Path(name).stem}.png")
-    rows = np.array(FIGURES[6].draw(trained, "smoke", sources=sources).axes).reshape(4, 6)
+    rows = np.array(FIGURES[6].draw(trained, "smoke", sources=sources).axes).reshape(3, 6)
     assert [axis.get_title() for axis in rows[0]] == ["masked", "CTSDG", "MAE", "LaMa", "FAR", "original"]
     chosen = [np.flatnonzero([np.array_equal(picture(row[-1]), image.permute(1, 2, 0)) for image in evaluated["images"]])[0] for row in rows]
     for row, k in zip(rows, chosen):
@@ -292,7 +292,7 @@ def test_a_saved_figure_is_a_png_and_a_pdf_that_say_where_they_come_from(trained
     assert (png.name, pdf.name) == ("figure6.png", "figure6.pdf") and pdf.read_bytes().startswith(b"%PDF")
     with Image.open(png) as image:
         about = image.text
-        assert image.width == pytest.approx(6.9 * 120, abs=1)         # pictures of 64 px need no more; text stays text in the PDF
+        assert image.width == pytest.approx(6.9 * 100, abs=1)         # pictures of 64 px need no more; text stays text in the PDF
     assert about["Title"] == "Figure 6: Qualitative results on scenes"
     for part in ("smoke", "lama-s0", "0123456789", "uncommitted", "EdgeConnect"): assert part in about["Description"] and part.encode() in pdf.read_bytes()
     before = png.read_bytes(), pdf.read_bytes()
