@@ -411,6 +411,46 @@ def _test(out: Annotated[Path, typer.Option("--out", "-o", help="gets images/NAM
     record = write_test_set(out, preset, which, overwrite, data=data, faces=faces, test_masks=test_masks)
     typer.echo(f"{record['images']} pictures of {record['size']} px in {out / 'images'}, their masks in {out / 'masks'}")
 
+# %% ../nbs/19_cli.ipynb #218c8dd0
+_weights = typer.Typer(no_args_is_help=True, help="Weights of others: the released model, and the networks of LPIPS, FID and HRF.")
+app.add_typer(_weights, name="weights")
+
+
+@_weights.command("import")
+def _import(file: Annotated[Path, typer.Argument(help="Lightning checkpoint, MAE file or older G file")],
+            out: Annotated[Path, typer.Option("--out", "-o", help="folder for config.json and model.safetensors")],
+            mae: Annotated[Optional[Path], typer.Option(help="the MAE's file, which a G file needs")] = None,
+            overwrite: Annotated[bool, typer.Option("--overwrite", help="replace the model that is there")] = False) -> None:
+    "Turn a file of the authors' code into a model folder."
+    from far_nb.checkpoints import describe, import_released
+    typer.echo(f"{describe(import_released(file, out, mae, overwrite))}\nin {out}")
+
+
+@_weights.command("fetch")
+def _fetch(names: Annotated[list[str], typer.Argument(help="alexnet, inception, ade20k, or all")],
+           source: Annotated[Optional[Path], typer.Option("--from", help="take a copy: the file, or a folder that has it")] = None) -> None:
+    "Get networks from their official addresses, check them, and put them where they are looked for."
+    from far_nb.checkpoints import fetch_weights
+    from far_nb.core import FarError, require_choice
+    from far_nb.perceptual import WEIGHTS
+    for name in names: require_choice("weights", name, [*WEIGHTS, "all"])
+    chosen = list(WEIGHTS) if "all" in names else list(dict.fromkeys(names))
+    if source and source.is_file() and len(chosen) > 1: raise FarError(f"--from {source} is one file: name one network, or give a folder")
+    for name in chosen:
+        path = fetch_weights(name, source)
+        by = "official SHA-256" if WEIGHTS[name].sha256 else "its tensors; no official SHA-256 is known, that of the first file is kept beside it"
+        typer.echo(f"{name}: {path} (checked by {by})")
+
+
+@_weights.command("list")
+def _list() -> None:
+    "Show which networks are there, and where."
+    from far_nb.perceptual import WEIGHTS, MissingWeights, find_weights
+    for name, weights in WEIGHTS.items():
+        try: where = str(find_weights(weights.filename, weights.network))
+        except MissingWeights: where = f"absent; {f'{weights.size / 1e6:.0f} MB' if weights.size else 'size unknown'} at {weights.url}"
+        typer.echo(f"{name:<10} {weights.network:<35} {where}")
+
 # %% ../nbs/19_cli.ipynb #8211d582
 def main() -> None:
     "Entry point of `far`: a `FarError` is one line on stderr and exit code 2."

@@ -24,7 +24,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from .core import FarError, provenance, require_choice, rng
 from .far import FAR, composite
 from .inpaint import Method, get_method
-from .perceptual import FeatureNet, MissingWeights, find_weights, load_weights
+from .perceptual import WEIGHTS, FeatureNet, MissingWeights, find_weights, load_weights
 
 # %% ../nbs/13_evaluation.ipynb #f38249c2
 PROTOCOLS = ("standard", "paper")
@@ -96,7 +96,7 @@ def lpips(pred: Tensor, true: Tensor, network: str = "alex", device: str = "cpu"
     "alex" needs torchvision's AlexNet file; `MissingWeights` says where it is looked for.
     """
     if require_choice("LPIPS network", network, ["alex", "lite0"]) == "alex":
-        model = _lpips_alex(find_weights("alexnet-owt-7be5be79.pth", "AlexNet"), str(device))
+        model = _lpips_alex(find_weights(WEIGHTS["alexnet"].filename, "AlexNet"), str(device))
         if min(true.shape[-2:]) < 32: raise FarError(f"LPIPS with AlexNet needs at least 32x32 pixels, got {true.shape[-1]}x{true.shape[-2]}")
         distance = lambda a, b: model(2 * a - 1, 2 * b - 1)[:, 0, 0, 0]
     else: distance = partial(_lpips_lite0, FeatureNet.load(str(device)))
@@ -134,7 +134,7 @@ def _feature_function(network: str, protocol: str, device: str) -> Callable[[Ten
     if network == "lite0":
         lite0 = FeatureNet.load(str(device))
         return lambda images: lite0.pooled(resize(_floats(images, device), size=(128, 128)))
-    inception = _inception(find_weights("weights-inception-2015-12-05-6726825d.pth", "FID Inception"), str(device))
+    inception = _inception(find_weights(WEIGHTS["inception"].filename, "FID Inception"), str(device))
     return lambda images: inception((resize(images.to(device).float(), size=(299, 299)) - 128) / 128).flatten(1)
 
 # %% ../nbs/13_evaluation.ipynb #a82fae24

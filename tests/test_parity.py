@@ -221,7 +221,7 @@ def test_wrong_keys_are_named():
     state = small_released()
     del state["acr.G.bn2.bias"]
     state["acr.G.conv2.weight"] = torch.zeros(1, 2)
-    with pytest.raises(FarError, match=r"1 missing: acr\.down\.0\.norm\.bias.*mis-shaped: acr\.down\.0\.conv\.weight \(1, 2\)"):
+    with pytest.raises(FarError, match=r"1 missing: acr\.G\.bn2\.bias.*mis-shaped: acr\.G\.conv2\.weight \(1, 2\)"):
         from_released(state)
     with pytest.raises(FarError, match="head.bias"):
         from_released(state | {"head.bias": torch.zeros(1)})
