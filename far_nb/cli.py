@@ -392,7 +392,7 @@ def _evaluate(method: Annotated[str, typer.Argument(help=f"{_METHODS}, mean, or 
     Console(force_jupyter=False).print(metrics_table(evaluate_method(method, data, size, count, test_masks, seed, out)))
 
 # %% ../nbs/19_cli.ipynb #960fac1b
-_data = typer.Typer(no_args_is_help=True, help="Test pictures and masks for other programs.")
+_data = typer.Typer(no_args_is_help=True, help="Test pictures for other programs, and prepared sets checked.")
 app.add_typer(_data, name="data")
 
 
@@ -410,6 +410,24 @@ def _test(out: Annotated[Path, typer.Option("--out", "-o", help="gets images/NAM
     """
     record = write_test_set(out, preset, which, overwrite, data=data, faces=faces, test_masks=test_masks)
     typer.echo(f"{record['images']} pictures of {record['size']} px in {out / 'images'}, their masks in {out / 'masks'}")
+
+
+@_data.command("verify")
+def _verify(folder: Annotated[Path, typer.Argument(help="what a script of data_scripts/ wrote", show_default=False)],
+            quick: Annotated[bool, typer.Option("--quick", help="compare lengths only, not contents")] = False) -> None:
+    """Compare a prepared set with its manifest.json.
+
+    Exit code 0: every file is there, with its bytes and SHA-256, and no other; 1: not so; 2: there is no manifest.
+    Delete what is wrong and call the script again: it makes what is missing.
+    """
+    from far_nb.data import verify
+    report = verify(folder, quick)
+    for problem in report["problems"][:10]: typer.echo(problem)
+    wrong = len(report["problems"])
+    if wrong > 10: typer.echo(f"… and {wrong - 10:,} more")
+    typer.echo(f"{report['files']:,} files, {report['bytes'] / 1e6:,.1f} MB: {f'{wrong:,} problems' if wrong > 1 else '1 problem' if wrong else 'as written'}"
+               + (" (lengths only)" if quick else ""))
+    if wrong: raise typer.Exit(1)
 
 # %% ../nbs/19_cli.ipynb #218c8dd0
 _weights = typer.Typer(no_args_is_help=True, help="Weights of others: the released model, and the networks of LPIPS, FID and HRF.")

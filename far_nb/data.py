@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SPLITS', 'read_image', 'read_mask', 'ImageFolder', 'Photographs', 'sample_scenes', 'sample_faces', 'sample_objects',
-           'open_images', 'open_masks', 'InpaintingDataset', 'StepSampler', 'to_batch', 'test_set']
+           'open_images', 'open_masks', 'InpaintingDataset', 'StepSampler', 'to_batch', 'test_set', 'checksum',
+           'manifest_of', 'verify']
 
 # %% ../nbs/02_data.ipynb #a7627816
 import hashlib, importlib.util, io, math, os, tarfile, tempfile, uuid, weakref
@@ -16,8 +17,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
+from tqdm import tqdm
 
-from .core import FarError, require_choice, rng
+from .core import FarError, provenance, read_json, require_choice, rng
 from .masks import MaskSampler, mae_mask, patch_mask
 
 # %% ../nbs/02_data.ipynb #98e13dc1
@@ -121,6 +123,7 @@ def _index_tar(path: Path) -> list[_Entry]:
                 if not (member.isfile() or member.isdir()) or member.issparse():
                     raise FarError(f"{path}: '{member.name}' is a link or a special file: only plain files are read from a tar")
                 if member.isfile() and _is_picture(name): entries.append((name, str(path), member.offset_data, member.size))
+                archive.members.clear()        # Python would keep every header: gigabytes for two million pictures
     except (tarfile.TarError, EOFError, OSError) as error:
         raise FarError(f"{path}: not an uncompressed tar file ({error}): decompress it, or download it again") from None
     return entries
@@ -574,3 +577,55 @@ def test_set(source: str | os.PathLike | Sequence[str | os.PathLike], size: int,
 
 
 test_set.__test__ = False      # its name looks like a test's to pytest
+
+# %% ../nbs/02_data.ipynb #8f20b6d1
+def checksum(path: str | os.PathLike) -> dict[str, Any]:
+    "What a manifest says of a file: its bytes and SHA-256."
+    with open(path, "rb") as file: return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _manifest_files(parts: dict[str, dict[str, Any]], where: str) -> dict[str, dict[str, Any]]:
+    return {_safe(f"{part}/{name}", where): file for part, entry in parts.items() for name, file in entry["files"].items()}
+
+
+def _set_hash(files: dict[str, dict[str, Any]]) -> str:
+    "SHA-256 over path, bytes and SHA-256 of every file."
+    lines = (f"{path}\t{file['bytes']}\t{file['sha256']}\n" for path, file in sorted(files.items()))
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def manifest_of(parts: dict[str, dict[str, Any]], **about: Any) -> dict[str, Any]:
+    """Content of manifest.json: `about`, provenance, total "pictures" and "bytes", "hash" of the whole, and `parts`.
+
+    A part (a sub-folder, or ".") is {"pictures": int, "bytes": int, "files": {path in it: its `checksum`}}."""
+    return {**about, "provenance": provenance(), "pictures": sum(part["pictures"] for part in parts.values()),
+            "bytes": sum(part["bytes"] for part in parts.values()), "hash": _set_hash(_manifest_files(parts, "manifest")), "parts": parts}
+
+# %% ../nbs/02_data.ipynb #d3b94e07
+def _problem(path: Path, file: dict[str, Any], quick: bool) -> str | None:
+    "What is wrong with a file, or None."
+    try:
+        if (size := path.stat().st_size) != file["bytes"]: return f"has {size:,} bytes, not {file['bytes']:,}"
+        return "has other content (SHA-256)" if not quick and checksum(path)["sha256"] != file["sha256"] else None
+    except FileNotFoundError: return "is missing"
+    except OSError as error: return f"cannot be read ({error.strerror or error})"
+
+
+def verify(folder: str | os.PathLike, quick: bool = False) -> dict[str, Any]:
+    """Compare a prepared set with its manifest.json: {"files": int, "bytes": int, "problems": [one line each]}.
+
+    Missing, changed and additional files are problems; `quick` compares lengths only. No manifest, or none of ours: `FarError`."""
+    folder = Path(folder)
+    path = folder / "manifest.json"
+    if not path.is_file(): raise FarError(f"{folder} has no manifest.json: it is not a prepared set, or its preparation has not ended")
+    manifest = read_json(path)
+    try:
+        files = _manifest_files(manifest["parts"], str(path))
+        problems = [] if manifest["hash"] == _set_hash(files) else ["manifest.json was changed: its hash is not that of its entries"]
+        total = sum(file["bytes"] for file in files.values())
+    except (KeyError, TypeError, AttributeError): raise FarError(f"{path} is not the manifest of a prepared set") from None
+    for name, file in tqdm(sorted(files.items()), desc="verify", unit=" files", disable=None, leave=False):
+        if problem := _problem(folder / name, file, quick): problems.append(f"{name} {problem}")
+    there = (Path(parent, name).relative_to(folder).as_posix() for parent, _, names in os.walk(folder) for name in names)
+    problems += [f"{name} is not in the manifest" for name in sorted(there) if name not in files and name != "manifest.json"]
+    return {"files": len(files), "bytes": total, "problems": problems}

@@ -437,11 +437,12 @@ def test_test_set_from_disk_with_fixed_masks(photos, tmp_path):
 
 # ---- the script that writes the sample set -------------------------------------------------------------------------------------
 
-def test_sample_set_script(tmp_path):
-    import hashlib, runpy, typer
+def test_sample_set_script(tmp_path, monkeypatch):
+    import hashlib, runpy, sys, typer
     from typer.testing import CliRunner
     from far_nb.core import read_json
 
+    monkeypatch.setattr(sys, "path", [*sys.path, str(Path(__file__).parents[1] / "data_scripts")])
     script = runpy.run_path(str(Path(__file__).parents[1] / "data_scripts" / "sample_set.py"))
     app = typer.Typer(); app.command()(script["main"])
     written = {}
