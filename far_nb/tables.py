@@ -161,7 +161,8 @@ def _timed(result: Mapping[str, Any], row: str) -> dict[str, Any]:
     ratios = [{**line, "value": line["ratio"], "ci_low": line["ratio_low"], "ci_high": line["ratio_high"]} for line in lines]
     memory = [{**line, "value": line["peak_memory"] / 1e6, "ci_low": None, "ci_high": None} for line in lines]
     more = [{**line, "metric": f"{line['metric'].split()[0]} {unit}"} for unit, block in (("(ratio)", ratios), ("(MB)", memory)) for line in block]
-    return {**result, "metrics": sorted([*lines, *more], key=lambda line: list(_DECIMALS).index(line["metric"])),
+    rounds = {"warm-up calls": lines[0]["warmup"], "rounds": ", ".join(f"{line['repeats']} ({line['metric'].split()[0].lower()})" for line in lines)}
+    return {**result, "conditions": result["conditions"] | rounds, "metrics": sorted([*lines, *more], key=lambda line: list(_DECIMALS).index(line["metric"])),
             "per_image": {f"{line['metric']}/{line['protocol']}": line["readings"] for line in lines}}
 
 
@@ -225,7 +226,7 @@ def table(number: int, runs: str | Path, preset: str, seeds: Sequence[int] = (0,
         for key, values in per_image.items(): attrs["per_image"].setdefault(key, {})[row] = values
         for result in results: attrs["provenance"][result["run"]] = result.get("provenance") or {}
         attrs["conditions"] |= results[0].get("conditions") or {}
-    frame = pd.DataFrame(lines)[COLUMNS]
+    frame = pd.DataFrame(lines, dtype=object)[COLUMNS]       # as they are: a seed of 0 beside an empty row is not 0.0
     for column in ("paper", "measured", "spread", "ci_low", "ci_high"): frame[column] = frame[column].astype("float64")
     for column in ("images", "steps"): frame[column] = frame[column].astype("Int64")
     frame.attrs = attrs

@@ -225,7 +225,7 @@ def test_table_6_sets_ratios_beside_the_papers(timed, tmp_path):
     assert found["Training (s/batch)"].verdict == "reproduced" and not found["Training (s/batch)"].undecided       # round by round, the drift cancels
     assert found["Inference (s/image)"].verdict == "partly reproduced"
     text = write_table(frame, 6, tmp_path / "out")[1].read_text()
-    assert "device a machine" in text and "round by round" in text and "bootstrap interval over the test images" not in text
+    assert "device a machine" in text and "warm-up calls 2, rounds 11 (training), 11 (inference)" in text and "round by round" in text and "bootstrap interval over the test images" not in text
 
 
 # --- the three files ---
