@@ -97,8 +97,8 @@ def _version(package: str) -> str | None:
 
 
 def provenance() -> dict[str, Any]:
-    "Commit, time, platform, device and versions: what a result file says about its origin. `git_commit` is None outside a checkout."
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    "Commit, time, platform, device and versions: what a result file says about its origin. `git_commit` is None outside a checkout; `git_dirty`: uncommitted changes, figures/ aside."
+    status = _git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)figures")      # what a run makes is no change to its code
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu ({torch.get_num_threads()} threads)"
     return {"git_commit": _git("rev-parse", "HEAD"), "git_dirty": None if status is None else bool(status),
             "created": datetime.now(timezone.utc).isoformat(timespec="seconds"), "python": platform.python_version(),
