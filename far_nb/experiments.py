@@ -500,7 +500,7 @@ def make_plan(preset: Preset, seeds: Sequence[int] = (0,), **named: str | None) 
             measured = target.startswith("table")            # a table reads the measurement, a figure the training
             targets[target] += [f"{run_name(experiment.name, seed)}/{'metrics' if measured else 'train'}.json"
                                 for seed in (run_seeds(experiment, seeds) if measured else seeds[:1])]
-    return {"preset": preset.name, "seeds": list(seeds), "sources": {key: value for key, value in asdict(sources).items() if value},
+    return {"preset": preset.name, "gpu_jobs": preset.gpu_jobs, "seeds": list(seeds), "sources": {key: value for key, value in asdict(sources).items() if value},
             "runs": runs, "targets": targets, "absent": missing}
 
 
