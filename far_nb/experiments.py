@@ -61,6 +61,7 @@ class Preset:
     gpu_jobs: int = 4                    # small networks that train at the same time on one GPU
     mae_crop: str = "resized"            # a random part of 20 to 100 % of the area, as in the MAE paper
     far_crop: str = "resized"
+    trains: tuple[str, ...] | None = None        # the networks it trains; None: those of all experiments
     purpose: str = ""
 
 # %% ../nbs/16_experiments.ipynb #4f3831d4
@@ -145,7 +146,19 @@ _small = Preset(
     hr_train=TrainConfig(2_000, 16, lr=3e-4, mixed_precision="bf16", channels_last=True, workers=8, log_every=50, sample_every=1_000, save_every=1_000),
     dataset=None, faces=None, test_images=500, face_images=300, hr_images=500, eval_images=64)
 
-PRESETS: dict[str, Preset] = {preset.name: preset for preset in (_smoke, _tiny, _small, _paper)}
+_photos = Preset(
+    "tiny-photos", image_size=64, hr_size=128, hr_step=16, figure_size=256, purpose="one scene model trained on real photographs, on a CPU",
+    mae=MAEConfig(64, 8, width=192, depth=6, heads=6, decoder_width=128, decoder_depth=4, decoder_heads=4),
+    acr=ACRConfig(width=16, blocks=4, prior_width=128, prior_stride=8, grid=8),
+    discriminator_width=16, perceptual="lite0",
+    mae_train=_mae_train(3_200, 64, lr=1.5e-3, log_every=20, sample_every=800, save_every=200),
+    partial_train=_mae_train(800, 64, lr=1e-3, log_every=20, sample_every=400, save_every=200),
+    far_train=_far_train(4_000, 16, ema=0.998, mixed_precision="bf16", channels_last=True, log_every=20, eval_every=250, sample_every=1_000, save_every=250),
+    hr_train=TrainConfig(800, 8, lr=3e-4, ema=0.998, mixed_precision="bf16", channels_last=True, log_every=20, sample_every=400, save_every=100),
+    dataset=None, faces=None, test_images=500, face_images=300, hr_images=500, eval_images=64,
+    trains=("mae-mixed", "lama", "far-alpha0", "far", "hr-lama", "hr"))
+
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in (_smoke, _tiny, _photos, _small, _paper)}
 
 
 def get_preset(name: str) -> Preset:
@@ -459,14 +472,22 @@ def method_spec(preset: Preset, experiment: Experiment, runs: str | Path, seed: 
 
 
 def absent(preset: Preset, sources: Sources = Sources()) -> dict[str, str]:
-    "Experiments that cannot run, with the reason that their rows give: no faces, or no pictures of a method that only others can run."
+    "Experiments that do not run, with the reason that their rows give: no faces, no pictures of a method that only others can run, or left out by the preset."
     reasons = {}
     for experiment in EXPERIMENTS.values():
         if experiment.data == "faces" and not (sources.faces or preset.faces): reasons[experiment.name] = "no faces were given (--faces)"
         elif experiment.spec == "folder" and outputs_of(experiment, sources) is None:
             where = f"{experiment.data}/{experiment.name.removesuffix('-' + experiment.data)}"
             reasons[experiment.name] = f"its weights are its authors': run it on the test set (far data test) and give its pictures as OUTPUTS/{where} (--outputs)"
+        elif not _is_trained(preset, experiment): reasons[experiment.name] = f"the preset {preset.name} does not train it"
     return reasons
+
+
+def _is_trained(preset: Preset, experiment: Experiment) -> bool:
+    "Whether this preset trains the network of an experiment, or whatever network a method stands on."
+    if preset.trains is None: return True
+    if experiment.kind in ("mae", "far", "hr"): return resolve(preset, experiment.name) in preset.trains
+    return experiment.kind != "speed" and (experiment.mae is None or experiment.mae in preset.trains)
 
 # %% ../nbs/16_experiments.ipynb #4017cfa1
 def write_if_changed(path: str | Path, content: Any) -> bool:
