@@ -288,7 +288,8 @@ def reproduce(preset: str = "tiny", out: str | Path = ".", only: str | None = No
     raised before anything runs. A second call makes only what is missing or out of date."""
     from far_nb.experiments import check_sources, get_preset, parse_targets, write_plan
     from far_nb.core import FarError, read_json
-    scale, targets, numbers = get_preset(preset), parse_targets(only), parse_seeds(seeds)
+    scale, numbers = get_preset(preset), parse_seeds(seeds)
+    targets = parse_targets(only, scale)
     console = console or Console(soft_wrap=True, force_jupyter=False)
     if jobs is not None and jobs < 1: raise FarError(f"--jobs {jobs}: one or more notebooks at a time")
     sources = check_sources(scale, **sources)

@@ -62,6 +62,7 @@ class Preset:
     mae_crop: str = "resized"            # a random part of 20 to 100 % of the area, as in the MAE paper
     far_crop: str = "resized"
     trains: tuple[str, ...] | None = None        # the networks it trains; None: those of all experiments
+    targets: tuple[str, ...] | None = None       # the tables and figures it makes; None: all
     purpose: str = ""
 
 # %% ../nbs/16_experiments.ipynb #4f3831d4
@@ -136,14 +137,14 @@ _tiny = Preset(
 
 _small = Preset(
     "small", image_size=128, hr_size=256, hr_step=16, figure_size=512, purpose="real photographs and weights worth shipping on one CUDA GPU",
-    mae=MAEConfig(128, 8, width=384, depth=8, heads=6, decoder_width=256, decoder_depth=4, decoder_heads=8),
-    acr=ACRConfig(width=32, blocks=6, prior_width=256, prior_stride=8, grid=16),
+    mae=MAEConfig(128, 8, width=192, depth=6, heads=6, decoder_width=128, decoder_depth=4, decoder_heads=4),     # with the ACR below 14 MB in float16
+    acr=ACRConfig(width=20, blocks=6, prior_width=128, prior_stride=8, grid=16),
     discriminator_width=32, perceptual="lite0",
-    mae_train=_mae_train(20_000, 256, lr=3e-4, mixed_precision="bf16", workers=8, log_every=50, sample_every=5_000, save_every=1_000),
-    partial_train=_mae_train(5_000, 256, lr=3e-4, mixed_precision="bf16", workers=8, log_every=50, sample_every=5_000, save_every=1_000),
-    far_train=_far_train(12_000, 32, mixed_precision="bf16", channels_last=True, workers=8, log_every=50, eval_every=1_000,
-                         sample_every=2_000, save_every=1_000),
-    hr_train=TrainConfig(2_000, 16, lr=3e-4, mixed_precision="bf16", channels_last=True, workers=8, log_every=50, sample_every=1_000, save_every=1_000),
+    mae_train=_mae_train(8_000, 256, lr=1.5e-3, mixed_precision="bf16", workers=4, log_every=50, sample_every=2_000, save_every=1_000),
+    partial_train=_mae_train(2_000, 256, lr=1e-3, mixed_precision="bf16", workers=4, log_every=50, sample_every=1_000, save_every=1_000),
+    far_train=_far_train(4_000, 32, ema=0.998, mixed_precision="bf16", channels_last=True, workers=4, log_every=50, eval_every=250,
+                         sample_every=1_000, save_every=500),
+    hr_train=TrainConfig(800, 16, lr=3e-4, ema=0.998, mixed_precision="bf16", channels_last=True, workers=4, log_every=50, sample_every=400, save_every=200),
     dataset=None, faces=None, test_images=500, face_images=300, hr_images=500, eval_images=64)
 
 _photos = Preset(
@@ -156,7 +157,8 @@ _photos = Preset(
     far_train=_far_train(4_000, 16, ema=0.998, mixed_precision="bf16", channels_last=True, log_every=20, eval_every=250, sample_every=1_000, save_every=250),
     hr_train=TrainConfig(800, 8, lr=3e-4, ema=0.998, mixed_precision="bf16", channels_last=True, log_every=20, sample_every=400, save_every=100),
     dataset=None, faces=None, test_images=500, face_images=300, hr_images=500, eval_images=64,
-    trains=("mae-mixed", "lama", "far-alpha0", "far", "hr-lama", "hr"))
+    trains=("mae-mixed", "lama", "far-alpha0", "far", "hr-lama", "hr"),
+    targets=("table3", "table4", "table5", "figure1", "figure3", "figure5", "figure6", "figure8", "figure9"))
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (_smoke, _tiny, _photos, _small, _paper)}
 
@@ -195,7 +197,7 @@ _PAPER = {"masked_position": False}       # the paper's network does not have th
 _LAMA = _PAPER | {"prior_width": None, "attention": "none"}
 
 _MAES = (
-    Experiment("mae-mixed", "mae", data="scenes", figures=(1, 4, 6, 8), about="contiguous masks filled up with random patches (paper 3.1)"),
+    Experiment("mae-mixed", "mae", data="scenes", figures=(1, 4, 6, 8, 9), about="contiguous masks filled up with random patches (paper 3.1)"),
     Experiment("mae-random", "mae", data="scenes", mask_kind="random", about="the masks of the original MAE"),
     Experiment("mae-normpix", "mae", data="scenes", options={"norm_pix": True}, about="predicts each patch's pixels normalised by their mean and deviation"),
     Experiment("mae-faces", "mae", data="faces", about="pre-trained on faces"),
@@ -288,12 +290,16 @@ def needs(preset: Preset, target: str) -> list[str]:
     return list(names)
 
 
-def parse_targets(only: str | None) -> list[str]:
-    "Targets named in `--only`, such as 'table4,figure3'; None means all."
-    if only is None: return list(TARGETS)
+def parse_targets(only: str | None, preset: Preset | None = None) -> list[str]:
+    "Targets named in `--only`, such as 'table4,figure3'; None means all that the preset makes. One that it does not make is a `FarError`."
+    made = preset and preset.targets or TARGETS
+    if only is None: return list(made)
     names = [name.strip() for name in only.split(",") if name.strip()]
-    if not names: raise FarError(f"--only names no table or figure: choose from {', '.join(TARGETS)}")
-    return list(dict.fromkeys(require_choice("table or figure", name, TARGETS) for name in names))
+    if not names: raise FarError(f"--only names no table or figure: choose from {', '.join(made)}")
+    for name in names:
+        if require_choice("table or figure", name, TARGETS) not in made:
+            raise FarError(f"the preset {preset.name} does not train what {name} shows: choose from {', '.join(made)}, or another preset")
+    return list(dict.fromkeys(names))
 
 # %% ../nbs/16_experiments.ipynb #010d717a
 def train_config(preset: Preset, experiment: Experiment, seed: int = 0) -> TrainConfig:
@@ -509,14 +515,14 @@ def run_seeds(experiment: Experiment, seeds: Sequence[int]) -> list[int]:
 def make_plan(preset: Preset, seeds: Sequence[int] = (0,), **named: str | None) -> dict[str, Any]:
     "Runs (with what they stand on) and targets (with the runs' files they read) of a preset, paths relative to runs/PRESET."
     sources = Sources(**{key: value for key, value in named.items() if value})
-    missing, runs, targets = absent(preset, sources), {}, {target: [] for target in TARGETS}
+    missing, runs, targets = absent(preset, sources), {}, {target: [] for target in parse_targets(None, preset)}
     for experiment in EXPERIMENTS.values():
         if experiment.name in missing or resolve(preset, experiment.name) != experiment.name: continue
         for seed in run_seeds(experiment, seeds):
             test = f"test-{experiment.data}.json" if experiment.rows and experiment.kind != "speed" else None
             runs[run_name(experiment.name, seed)] = {"experiment": experiment.name, "kind": experiment.kind, "seed": seed, "test": test,
                                                      "needs": [run_name(name, seed) for name in stands_on(preset, experiment)]}
-    for target in TARGETS:
+    for target in targets:
         for experiment in (get_experiment(name) for name in shown(preset, target) if name not in missing):
             measured = target.startswith("table")            # a table reads the measurement, a figure the training
             targets[target] += [f"{run_name(experiment.name, seed)}/{'metrics' if measured else 'train'}.json"
