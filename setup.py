@@ -20,7 +20,7 @@ setup(
     url=settings["git_url"],
     license="Apache-2.0",
     packages=find_packages(include=["far_nb", "far_nb.*"]),
-    package_data={"far_nb": ["*.csv"]},
+    package_data={"far_nb": ["*.csv", "weights/*/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
     extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("data", "slurm", "dev")},

@@ -71,12 +71,18 @@ def read_json(path: str | os.PathLike) -> Any:
         raise FarError(f"{path} is not readable JSON ({error}): delete it and run again") from None
 
 # %% ../nbs/00_core.ipynb #fba312ab
-def save_model(module: torch.nn.Module, config: dict[str, Any], folder: str | os.PathLike) -> Path:
-    "Write `config.json` and `model.safetensors` (the state dict) into `folder`, each atomically; returns the folder."
+def _halved(value: torch.Tensor) -> torch.Tensor:
+    "Float16 copy of a kernel or a matrix; vectors and scalars (statistics of norms, biases, alphas), and what does not fit, stay as they are."
+    half = value.half() if value.dtype == torch.float32 and value.ndim > 1 else value
+    return half if half is value or half.isfinite().all() else value
+
+
+def save_model(module: torch.nn.Module, config: dict[str, Any], folder: str | os.PathLike, half: bool = False) -> Path:
+    "Write `config.json` and `model.safetensors` (the state dict, `half`: its kernels in float16) into `folder`, each atomically; returns the folder."
     folder = Path(folder)
+    state = {key: (_halved(value) if half else value).contiguous() for key, value in module.state_dict().items()}
     write_json(folder / "config.json", config)
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file({key: value.contiguous() for key, value in module.state_dict().items()}, str(temporary))
+    with atomic_path(folder / "model.safetensors") as temporary: save_file(state, str(temporary))
     return folder
 
 # %% ../nbs/00_core.ipynb #a0a8b6f4
