@@ -81,7 +81,7 @@ def members(source: Path) -> list[Member]:
 
     Absolute names, '..', links that leave the source, devices, encrypted and gigantic members: `FarError`."""
     if source.suffix == ".zip": return _zip_members(source)
-    found = [Member(*entry) for entry in _index(source)]
+    found = sorted(Member(*entry) for entry in _index(source))
     for member in found:
         if member.where is None: _plain(Path(member.path), source)
     return found
