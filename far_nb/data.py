@@ -157,6 +157,11 @@ class _Entries(Sequence):
         offset, size = int(self.offset[index]), int(self.size[index])
         return self.names[index], self.paths[int(self.shard[index])], None if offset < 0 else offset, None if size < 0 else size
 
+    def __iter__(self) -> Iterator[_Entry]:
+        paths = list(self.paths)
+        rows = zip(self.names, self.shard.tolist(), self.offset.tolist(), self.size.tolist())
+        return ((name, paths[shard], None if offset < 0 else offset, None if size < 0 else size) for name, shard, offset, size in rows)
+
 # %% ../nbs/02_data.ipynb #d49c2716
 def _is_picture(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in _SUFFIXES and not PurePosixPath(name).name.startswith(".")
