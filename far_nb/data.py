@@ -271,7 +271,9 @@ class _SkipLog:
 class _Handle:
     "A file that stays open while somebody holds this; reads name their place, so threads and forked processes may share it."
 
-    def __init__(self, path: str): self.number = os.open(path, os.O_RDONLY)
+    def __init__(self, path: str, ahead: bool):
+        self.number = os.open(path, os.O_RDONLY)
+        if ahead and hasattr(os, "posix_fadvise"): os.posix_fadvise(self.number, 0, 0, os.POSIX_FADV_WILLNEED)      # all of it, please
 
     def read(self, offset: int, size: int) -> bytes:
         parts = []
@@ -286,7 +288,8 @@ class _Handle:
 # %% ../nbs/02_data.ipynb #8a3375ec
 class _Files:
     "Files of folders, lists and tars, in the order of their names; their contents as bytes."
-    _open_shards = 32           # kept open by a process, the least recently read goes first
+    _open_shards = 32               # kept open by a process, the least recently read goes first
+    window: int | None = None       # shards that are read at a time
 
     def __init__(self, source: str | os.PathLike | Sequence[str | os.PathLike]):
         sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
@@ -324,12 +327,12 @@ class _Files:
 
     def _read_shard(self, path: str, offset: int, size: int) -> bytes:
         known = self._handles.pop(path, None)
-        handle = self._handles[path] = known or _Handle(path)              # the newest is the last
+        handle = self._handles[path] = known or _Handle(path, ahead=self.window is not None)      # the newest is the last
         while len(self._handles) > self._open_shards: self._handles.pop(next(iter(self._handles)), None)
         try: return handle.read(offset, size)
         except OSError:
             if known is None: raise
-            self._handles[path] = _Handle(path)                            # a network disk that was away: what was open then is not any more
+            self._handles[path] = _Handle(path, ahead=False)               # a network disk that was away: what was open then is not any more
             return self._handles[path].read(offset, size)
 
     def hash(self) -> str:

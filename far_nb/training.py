@@ -30,12 +30,13 @@ from torchvision.utils import save_image
 from tqdm import tqdm
 
 from .core import FarError, atomic_path, denormalise, normalise, provenance, read_json, require_choice, rng, write_json
-from .data import InpaintingDataset, StepSampler
+from .data import InpaintingDataset
 from .evaluation import quick_evaluate
 from .far import FAR, composite
 from .losses import LossWeights, discriminator_loss, generator_loss
 from .mae import MAE
 from .masks import mae_mask, patch_mask
+from .shards import order_of, sampler_for
 
 # %% ../nbs/14_training.ipynb #2690ccdf
 @dataclass(frozen=True)
@@ -368,7 +369,7 @@ def _batches(data: InpaintingDataset, config: TrainConfig, accelerator: Accelera
     device = accelerator.device
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     share = config.batch_size // accelerator.num_processes
-    sampler = StepSampler(len(data), share, config.steps, config.seed, start, accelerator.process_index, accelerator.num_processes, sizes)
+    sampler = sampler_for(data, share, config.steps, config.seed, start, accelerator.process_index, accelerator.num_processes, sizes)
     loader = DataLoader(data, share // config.gradient_accumulation, sampler=sampler, num_workers=config.workers, worker_init_fn=_deaf,
                         pin_memory=device.type == "cuda", generator=torch.Generator())      # its own: the global one stays as it is
     move = lambda tensor: tensor.to(device, non_blocking=True, memory_format=layout if tensor.ndim == 4 else torch.preserve_format)
@@ -401,7 +402,7 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> Non
 def _describe_data(data: InpaintingDataset) -> dict[str, Any]:
     settings = ("length", "size", "grid", "crop", "scale", "task", "mask_kind", "seed")
     masks = {"area": data.masks.area, "weights": data.masks.weights.tolist(), "objects": _crc(data.masks.objects or ())}
-    return {"hash": data.images.hash(), "masks": masks} | {name: getattr(data, name) for name in settings}
+    return {"hash": data.images.hash(), "masks": masks, "order": order_of(data)} | {name: getattr(data, name) for name in settings}
 
 # %% ../nbs/14_training.ipynb #1460cabf
 def _random_state() -> dict[str, Any]:
@@ -442,6 +443,7 @@ class _Run:
         self.identity = _identity(task, data, sizes)
         self.names: list[str] = []                  # of the terms
         self.window: list[Tensor] = []              # one (terms,) vector for each step since the last row of the log
+        self.skipped: dict[str, str] = {}           # broken pictures met by any process, before an interruption too: name -> reason
 
     def train(self) -> Path:
         if self.finished(): return self.out / "model"
@@ -488,6 +490,7 @@ def resume(self: _Run) -> int:
     for name, part in self.task.parts().items(): part.load_state_dict(state["task"][name])
     self.names, self.window = state["names"], [row.to(self.accelerator.device) for row in state["window"]]
     self.start, self.seconds_before, self.last = state["step"], state["seconds"], state["last"]
+    self.skipped = dict(state.get("skipped", {}))
     if self.accelerator.process_index < len(state["random"]): _set_random_state(state["random"][self.accelerator.process_index])
     return self.start
 
@@ -594,8 +597,9 @@ def save(self: _Run, step: int) -> None:
     "A checkpoint of everything after `step`, once it is known to be sound."
     if self.window: self.window = list(self.checked(step))
     if not self.task.finite(): raise self.diverged(step, "weights are not finite")
+    for met in gather_object([dict(getattr(self.data.images, "skipped", {}))]): self.skipped |= met
     state = {"step": step, "identity": self.identity, "config": asdict(self.config), "names": self.names, "random": gather_object([_random_state()]),
-             "window": self.window, "seconds": time.perf_counter() - self.clock, "last": self.last,
+             "skipped": self.skipped, "window": self.window, "seconds": time.perf_counter() - self.clock, "last": self.last,
              "task": {name: part.state_dict() for name, part in self.task.parts().items()}}
     if self.main: self.checkpoints.save(step, state)
     self.accelerator.wait_for_everyone()
@@ -610,10 +614,9 @@ def finish(self: _Run) -> Path:
             with atomic_path(self.out / f"{name}.safetensors") as temporary:
                 save_file({key: value.contiguous() for key, value in network.state_dict().items()}, str(temporary))
         seconds, images = self.last[1], self.config.steps * self.config.batch_size
-        skipped = dict(getattr(self.data.images, "skipped", {}))
         write_json(self.out / "train.json", {"steps": self.config.steps, "seconds": seconds, "images_per_s": images / max(seconds, 1e-9), "config": asdict(self.config),
-                                             "data_hash": self.data.images.hash(), "skipped": skipped, "identity": self.identity, "provenance": provenance()})
-        if skipped: print(f"{len(skipped)} unreadable pictures were skipped: {', '.join(list(skipped)[:3])} … (train.json has the reasons)")
+                                             "data_hash": self.data.images.hash(), "skipped": self.skipped, "identity": self.identity, "provenance": provenance()})
+        if self.skipped: print(f"{len(self.skipped)} unreadable pictures were skipped: {', '.join(list(self.skipped)[:3])} … (train.json has the reasons)")
     self.accelerator.wait_for_everyone()
     return self.out / "model"
 
