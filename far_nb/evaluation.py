@@ -215,13 +215,26 @@ def share_of(count: int, unit: int) -> slice:
 
 
 def gathered(found: Any) -> Any:
-    "The lists that the processes have found in their shares, joined in order (in dictionaries: name by name; a reason instead of a list prevails)."
-    if PartialState().num_processes == 1: return found
+    """The lists that the processes have found in their shares, joined in order (in dictionaries: name by name; a reason instead of a list prevails).
+
+    A `FarError` in place of one's list is raised in all of them."""
     parts = gather_object([found])
+    for error in parts:
+        if isinstance(error, FarError): raise error
+    if len(parts) == 1: return found
     if isinstance(found, list): return sum(parts, [])
     names = next((list(part) for part in parts if part), [])
     columns = {name: [part[name] for part in parts if part] for name in names}      # a process without pictures has no names
     return {name: next((each for each in column if isinstance(each, str)), None) or sum(column, []) for name, column in columns.items()}
+
+
+def _in_shares(judge: Callable[[slice], dict[str, Any]], count: int, batch_size: int, shared: bool) -> dict[str, Any]:
+    "What `judge` finds in pictures 0 to `count` - 1: in one go, or shared among the processes."
+    if not shared: return judge(slice(0, count))
+    part = share_of(count, math.lcm(batch_size, 32))                # the metrics' networks take 32 at a time
+    try: found = judge(part) if part.start < part.stop else {}
+    except FarError as error: found = error                         # the others wait for an answer
+    return gathered(found)
 
 # %% ../nbs/13_evaluation.ipynb #91cd8b9b
 def _judge(method: Method, images: Tensor, masks: Tensor, names: Sequence[str] | None, batch_size: int, device: str) -> dict[str, list[Any] | str]:
@@ -245,10 +258,9 @@ def evaluate(method: "str | os.PathLike | FAR | Method", images: Tensor, masks: 
     """
     if not len(images): raise FarError("nothing to evaluate: the test set is empty")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    part = share_of(len(images), math.lcm(batch_size, 32)) if shared else slice(0, len(images))
-    found = _judge(get_method(method), images[part], masks[part], names and list(names)[part], batch_size, device) if part.start < part.stop else {}
-    metrics, per_image = [], {}
-    for name, values in (gathered(found) if shared else found).items():
+    method, metrics, per_image = get_method(method), [], {}
+    judge = lambda part: _judge(method, images[part], masks[part], names and list(names)[part], batch_size, device)
+    for name, values in _in_shares(judge, len(images), batch_size, shared).items():
         metric, protocol = name.rsplit("/", 1)
         value, reason = _total(metric, values)
         metrics.append(_rows(metric, protocol, value, reason, len(images), seed))
@@ -261,13 +273,14 @@ def quick_evaluate(far: "FAR | Method", images: Tensor, masks: Tensor, batch_siz
     """PSNR (capped), SSIM, LPIPS (lite0) and FID (lite0), standard protocol, of a network as it is now; FID of one picture is nan.
 
     `shared` as in `evaluate`."""
-    part, device, found = share_of(len(images), math.lcm(batch_size, 32)) if shared else slice(0, len(images)), str(images.device), {}
-    if part.start < part.stop:
+    device = str(images.device)
+
+    def judge(part: slice) -> dict[str, list]:
         raw = predictions(get_method(far), images[part], masks[part], None, batch_size)
         pred, true = composite_uint8(images[part], masks[part], raw), _quantise(images[part], "standard")
-        found = _per_picture(pred.cpu(), true.cpu(), "standard") | {"lpips_lite0": lpips(pred, true, "lite0", device).tolist()}
-        found["fid_lite0"] = list(zip(*_features(pred, true, "lite0", "standard", device)))
-    found = gathered(found) if shared else found
+        return _per_picture(pred.cpu(), true.cpu(), "standard") | {"lpips_lite0": lpips(pred, true, "lite0", device).tolist(),
+                                                                   "fid_lite0": list(zip(*_features(pred, true, "lite0", "standard", device)))}
+    found = _in_shares(judge, len(images), batch_size, shared)
     features = map(np.stack, zip(*found.pop("fid_lite0")))
     return {**{name.lower(): float(np.mean(values)) for name, values in found.items()},
             "fid_lite0": frechet_distance(*features) if len(images) > 1 else float("nan")}

@@ -242,7 +242,8 @@ def kept(self: _Task) -> nn.Module:
 
 # %% ../nbs/14_training.ipynb #29bd73d7
 def _compile(*blocks: nn.Module) -> None:
-    "Compile blocks in place, each alone; those of a kind share their graphs."
+    "Compile blocks in place, each alone; those of a kind share their graphs. What processes tell each other stays outside of them."
+    _GlobalBatchNorm.forward = torch.compiler.disable(_GlobalBatchNorm.forward)
     for block in blocks: block.compile()
 
 # %% ../nbs/14_training.ipynb #92cf22ab
@@ -467,7 +468,6 @@ class _AllMean(torch.autograd.Function):
 class _GlobalBatchNorm(nn.BatchNorm2d):
     "Batch norm whose batch is that of all processes together, each of which has as many pictures of the same size."
 
-    @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         if not self.training: return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -515,8 +515,10 @@ def _told(store: dist.Store | None, patience: float) -> bool:
 def _tell(text: str, store: dist.Store | None) -> None:
     tqdm.write(f"far: {' '.join(text.split())}", file=sys.stderr)
     sys.stderr.flush()
-    try: store and store.set("told", "yes")
-    except RuntimeError: pass
+    if store is None: return
+    try: store.set("told", "yes")
+    except RuntimeError: return
+    if os.environ.get("RANK") == "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True": time.sleep(3)      # no launcher keeps the store: let the others read it
 
 
 @contextmanager
@@ -528,9 +530,8 @@ def one_voice() -> Iterator[None]:
     except (FarError, TrainingStopped) as error:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1: raise
         rank, store = int(os.environ.get("RANK", 0)), _meeting_place()
-        if rank == 0 or not _told(store, 10):
+        if rank == 0 or not _told(store, 15):
             _tell(f"process {rank}: {error}" if rank else str(error), store)
-            if store and "TORCHELASTIC_RUN_ID" not in os.environ: time.sleep(3)      # no launcher keeps the store: let the others read it
         raise SystemExit(2 if isinstance(error, FarError) else 128 + error.signal) from None
 
 # %% ../nbs/14_training.ipynb #3749977a
@@ -559,9 +560,11 @@ def _verdict(peers: list[_Peer], now: float, silence: float, patience: float) ->
         if peer.code: return rank, f"{whose} has ended: {peer.why}", peer.code
         if peer.code is None and peer.beat and now - peer.heard > silence:
             return rank, f"{whose} ({peer.name}) is gone without a word at {peer.place} (killed, or out of memory?)", 1
-    slowest = min((peer for peer in peers if peer.code is None), key=lambda peer: peer.moves, default=None)
-    if slowest is None or now - slowest.moved <= patience: return None
-    return peers.index(slowest), f"process {peers.index(slowest)} of {len(peers)} ({slowest.name}) is stuck at {slowest.place} for {patience:g} s", 1
+    behind = min((peer.moves for peer in peers if peer.code is None), default=None)
+    stuck = [rank for rank, peer in enumerate(peers) if peer.code is None and peer.moves == behind]        # the others wait for these
+    if not stuck or now - peers[stuck[0]].moved <= patience: return None
+    whose = f"process {stuck[0]} of {len(peers)} ({peers[stuck[0]].name}) has" if len(stuck) == 1 else f"processes {', '.join(map(str, stuck))} of {len(peers)} have"
+    return stuck[0], f"{whose} not come further than {peers[stuck[0]].place} for {patience:g} s", 1
 
 # %% ../nbs/14_training.ipynb #ab0bd561
 class _Peers:

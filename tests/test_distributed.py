@@ -1,5 +1,5 @@
 """Many processes train the network that one would have trained, and none of them waits for one that is gone."""
-import json, multiprocessing, os, re, signal, socket, subprocess, sys, time
+import multiprocessing, os, re, signal, socket, subprocess, sys, time
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +10,9 @@ import torch
 from accelerate import PartialState
 from hypothesis import given, strategies as st
 
-from far_nb import training
+from far_nb import evaluation, training
 from far_nb.acr import ACR, ACRConfig
-from far_nb.core import FarError, rng
+from far_nb.core import FarError
 from far_nb.data import InpaintingDataset
 from far_nb.discriminator import PatchDiscriminator
 from far_nb.evaluation import evaluate, quick_evaluate, share_of
@@ -65,7 +65,7 @@ def train(kind, out, config=None, hook=None, **options):
 
 
 FORKS = multiprocessing.get_context("forkserver")       # imports once, and has no GPU in use that its forks could not share
-FORKS.set_forkserver_preload(["far_nb.training", "tensorboard.summary.writer.event_file_writer"])
+FORKS.set_forkserver_preload(["far_nb.training", "pytest", "hypothesis", "pandas", "tensorboard.summary.writer.event_file_writer"])
 
 
 def _child(function, rank, environment, out, arguments):
@@ -117,6 +117,11 @@ def compared(rank, out):
         if rank == 0: torch.save(terms, out / "grows.pt")
     torch.save(judged(True), out / f"judged{rank}.pt")
 
+    def judge(part):
+        if part.start == 32: raise FarError("the 33rd picture is bad")
+        return {"PSNR": [0.0] * 32}
+    with pytest.raises(FarError, match="the 33rd picture is bad"): evaluation._in_shares(judge, 33, 16, shared=True)      # in both processes
+
 
 def judged(shared):
     "Evaluations of 37 pictures (32 for the first process, 5 for the second) and of 3 (none for the second)."
@@ -152,10 +157,7 @@ def test_two_processes_are_one(kind, one, two):
     torch.testing.assert_close(torch.load(two.out / f"{kind}.pt"), one[1][kind], rtol=1e-5, atol=0)
     left, right = (tensors(newest(out / kind)["task"]) for out in (one[0], two.out))
     assert left.keys() == right.keys() and len(left) > 20
-    # a bias before a batch norm has no effect and a gradient of nothing but rounding, which Adam blows up to a step
-    moot = re.compile(r"(conv|stem|convs\.[1-4])\.bias$|exp_avg|running_mean")
-    for name, tensor in left.items():
-        if tensor.is_floating_point() and not moot.search(name): torch.testing.assert_close(right[name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+    torch.testing.assert_close(right, left, rtol=1e-5, atol=1e-7)
 
 
 def test_number_of_processes_may_change_on_the_way(one, two, capsys):
@@ -194,7 +196,8 @@ def test_shares_are_whole_batches_of_neighbours_and_together_all(count, unit, wo
             parts.append(range(count)[share_of(count, unit)])
     finally: state.num_processes, state.process_index = 1, 0
     assert [index for part in parts for index in part] == list(range(count))
-    assert all(part.start % unit == 0 for part in parts if part) and max(map(len, parts)) <= -(-count // unit // world + 1) * unit + unit
+    batches = -(-count // unit)
+    assert all(part.start % unit == 0 for part in parts if part) and max(map(len, parts)) <= -(-batches // world) * unit
 
 
 def test_the_user_s_networks_come_back_as_they_were():
@@ -209,7 +212,7 @@ def test_the_user_s_networks_come_back_as_they_were():
 
 def unlucky(rank, out, what):
     "A training in which something happens to one process, in step 4."
-    config, calls = replace(MAE_RUN, save_every=3, workers=int(what == "worker")), []
+    config, calls, interrupt = replace(MAE_RUN, save_every=3, workers=int(what == "worker")), [], None
     who = {"first killed": 0}.get(what, 1)
 
     def happens():
@@ -218,9 +221,11 @@ def unlucky(rank, out, what):
         if "killed" in what: os.kill(os.getpid(), signal.SIGKILL)
         if what == "mistake": raise FarError("there is no such picture: choose another")
         if what == "bug": raise ValueError("boom")
-        if what == "stuck": time.sleep(1000)
     if what == "every": config = replace(config, batch_size=5)
-    train("mae", out / "run", config, hook=happens, **{"interrupt": (8, signal.SIGKILL)} if what == "worker" and rank else {})
+    if what == "worker" and rank: interrupt = 8, signal.SIGKILL
+    if what == "stuck" and rank: interrupt = 8, signal.SIGALRM          # the eighth picture, in step 4, is long in coming
+    signal.signal(signal.SIGALRM, lambda *_: time.sleep(1000))
+    train("mae", out / "run", config, hook=happens, interrupt=interrupt)
 
 
 GONE = r"process {} of 2 \(pid \d+ on \S+\) is gone without a word at step 4 \(killed, or out of memory\?\); "
@@ -232,8 +237,8 @@ AGAIN = r"run again, it goes on from \S+step-00000003\.pt"
     ("first killed", [-9, 1], "process 0 of 2 is gone, and with it the place where all meet; " + AGAIN),
     ("mistake", [2, 2], "process 1 of 2 has ended: there is no such picture: choose another; " + AGAIN),
     ("bug", [1, 1], "process 1 of 2 has ended: ValueError: boom; " + AGAIN),
-    ("worker", [2, 2], r"process 1 of 2 has ended: \S+: a data worker died \(.*killed by signal: Killed\): .*it goes on from \S+"),
-    ("stuck", [1, 1], r"process 1 of 2 \(.*\) is stuck at step 4 for 8 s; " + AGAIN),
+    ("worker", [2, 2], r"process 1 of 2 has ended: \S+: a data worker died \(.*killed by signal: Killed\): .*it goes on from .+"),
+    ("stuck", [1, 1], r"process 1 of 2 \(.*\) has not come further than the pictures of step 4 for 8 s; " + AGAIN),
     ("every", [2, 2], "batch_size 5 does not split over 2 processes with 1 micro-batches each: choose a multiple")])
 def test_nobody_waits_for_one_that_is_gone(what, codes, line, tmp_path):
     "One line, from one process, within a minute, and no exit code 0."
