@@ -228,7 +228,7 @@ def unlucky(rank, out, what):
     train("mae", out / "run", config, hook=happens, interrupt=interrupt)
 
 
-GONE = r"process {} of 2 \(pid \d+ on \S+\) is gone without a word at step 4 \(killed, or out of memory\?\); "
+GONE = r"process {} of 2 \(pid \d+ on \S+\) is gone without a word, last heard of at .*step [1-4] \(killed, or out of memory\?\); "
 AGAIN = r"run again, it goes on from \S+step-00000003\.pt"
 
 
@@ -237,7 +237,7 @@ AGAIN = r"run again, it goes on from \S+step-00000003\.pt"
     ("first killed", [-9, 1], "process 0 of 2 is gone, and with it the place where all meet; " + AGAIN),
     ("mistake", [2, 2], "process 1 of 2 has ended: there is no such picture: choose another; " + AGAIN),
     ("bug", [1, 1], "process 1 of 2 has ended: ValueError: boom; " + AGAIN),
-    ("worker", [2, 2], r"process 1 of 2 has ended: \S+: a data worker died \(.*killed by signal: Killed\): .*it goes on from .+"),
+    ("worker", [2, 2], r"process 1 of 2 has ended: \S+: a data worker died \(.+\): .*it goes on from .+"),
     ("stuck", [1, 1], r"process 1 of 2 \(.*\) has not come further than the pictures of step 4 for 8 s; " + AGAIN),
     ("every", [2, 2], "batch_size 5 does not split over 2 processes with 1 micro-batches each: choose a multiple")])
 def test_nobody_waits_for_one_that_is_gone(what, codes, line, tmp_path):
@@ -261,7 +261,7 @@ def test_killed_stopped_and_brought_to_its_end(tmp_path, capsys):
     ended = torchrun(out, "kill")
     told = [line for line in ended.stderr.splitlines() if line.startswith("far: ")]
     assert ended.returncode != 0 and len(told) == 1, ended.stderr
-    assert re.fullmatch(r"far: process 1 of 2 \(pid \d+ on \S+\) is gone without a word at step 7 .*it goes on from \S+step-00000005\.pt", told[0])
+    assert re.fullmatch(r"far: process 1 of 2 \(pid \d+ on \S+\) is gone without a word, last heard of at .*it goes on from \S+step-00000005\.pt", told[0])
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000005.pt"]
 
     ended = torchrun(out, "stop")
