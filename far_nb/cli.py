@@ -88,6 +88,7 @@ class ClusterLines:
         return ""
 
     def end(self, job: str, code: int) -> str:
+        "The @far line of a job that ended with the exit code `code`."
         rule, name, notebook, submitted = self.jobs[job]
         return f"@far end {rule} {name} {code} {time.monotonic() - submitted:.0f} {notebook}"
 
@@ -545,6 +546,23 @@ def _list() -> None:
         try: where = str(find_weights(weights.filename, weights.network))
         except MissingWeights: where = f"absent; {f'{weights.size / 1e6:.0f} MB' if weights.size else 'size unknown'} at {weights.url}"
         typer.echo(f"{name:<10} {weights.network:<35} {where}")
+
+# %% ../nbs/19_cli.ipynb #0ea0e14d
+@app.command("export")
+def _export(out: Annotated[Path, typer.Option("--out", "-o", help="file to write, such as far.pt")],
+            model: Annotated[Optional[str], typer.Option("--model", "-m", help="folder of a FAR or LaMa, or user/name; default: the shipped one")] = None,
+            format: Annotated[str, typer.Option("--format", "-f", help="torchscript, pt2 or onnx")] = "torchscript",
+            known: Annotated[bool, typer.Option("--known", help="answer with the picture's own pixels outside the hole")] = False) -> None:
+    """Write a model as one file that runs without far_nb.
+
+    The file takes a picture (1,3,H,W) in [0,1] and a mask (1,1,H,W), 1 = hole, of any size in multiples of 8, and gives the picture.
+    IOPaint loads a TorchScript file in place of its LaMa.
+    """
+    from far_nb.export import export_model, iopaint_command
+    from far_nb.far import FAR
+    difference = export_model(FAR.from_pretrained(model), out, format, known)
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, at most {difference:.0e} from the model")
+    if format == "torchscript": typer.echo(f"with IOPaint: {iopaint_command(out)}")
 
 # %% ../nbs/19_cli.ipynb #8211d582
 def main() -> None:

@@ -365,7 +365,9 @@ class ImageFolder(_Files, Dataset):
     def __getitem__(self, index: int) -> Image.Image: return self.load(index)
 
     @property
-    def skipped(self) -> dict[str, str]: return self._log.read()
+    def skipped(self) -> dict[str, str]:
+        "Broken files met so far, also by data workers: name -> reason."
+        return self._log.read()
 
     def subset(self, indices: Sequence[int]) -> "ImageFolder":
         "The same pictures, only those at `indices`."
@@ -632,7 +634,9 @@ class InpaintingDataset(Dataset):
         self.size, self.masks, self.seed, self.grid, self.scale = size, masks, seed, size // patch_size, tuple(scale)
         self.length, self.epoch = len(self.images) if length is None else length, 0
 
-    def set_epoch(self, epoch: int) -> None: self.epoch = epoch
+    def set_epoch(self, epoch: int) -> None:
+        "Other crops, flips and masks from now on: those of `epoch`, counted from 0."
+        self.epoch = epoch
 
     def __len__(self) -> int: return self.length
 

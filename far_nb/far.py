@@ -68,6 +68,7 @@ class FAR(nn.Module, ModelHubMixin, library_name="far_nb", repo_url="https://git
         if mae is not None: mae.requires_grad_(False).eval()
 
     def train(self, mode: bool = True) -> "FAR":
+        "Training mode for the restoration network; the MAE stays in evaluation mode."
         super().train(mode)
         if self.mae is not None: self.mae.eval()
         return self

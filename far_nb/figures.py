@@ -117,7 +117,9 @@ class Panel:
     across: int = 1
 
     @property
-    def rows(self) -> int: return -(-len(next(iter(self.columns.values()))) // self.across)
+    def rows(self) -> int:
+        "Rows of pictures."
+        return -(-len(next(iter(self.columns.values()))) // self.across)
 
     def cell(self, width: float) -> float:
         "Side of a picture on a sheet of `width` inches; groups stand three gaps apart."
@@ -128,7 +130,9 @@ class Panel:
         "Inches for heading and titles."
         return _LINE * (1 + max(title.count("\n") for title in self.columns)) + 0.08 + (0.16 if self.heading else 0)
 
-    def height(self, width: float) -> float: return self.above + self.rows * (self.cell(width) + _GAP) - _GAP
+    def height(self, width: float) -> float:
+        "Inches that the panel is high on a sheet of `width` inches."
+        return self.above + self.rows * (self.cell(width) + _GAP) - _GAP
 
 # %% ../nbs/18_figures.ipynb #be228999
 def _draw_panel(figure: Figure, panel: Panel, top: float) -> None:

@@ -33,7 +33,9 @@ class WeightsFile:
     size: int | None = None
 
     @property
-    def filename(self) -> str: return self.url.rpartition("/")[2]
+    def filename(self) -> str:
+        "Last part of the address."
+        return self.url.rpartition("/")[2]
 
 
 WEIGHTS = {

@@ -356,6 +356,7 @@ def _ordering_notes(frame: pd.DataFrame) -> list[str]:
 
 # %% ../nbs/17_tables.ipynb #ae82647d
 def arrow(metric: str) -> str:
+    "↑ or ↓: which way the metric `metric` gets better."
     return "↑" if metric in _HIGHER_IS_BETTER else "↓"
 
 

@@ -19,11 +19,13 @@ PAINTER = ACRConfig(width=8, blocks=2, prior_width=32, prior_stride=8, grid=8)
 
 
 def scramble(far: FAR, seed: int = 0) -> FAR:
-    "Every parameter and statistic off its start, so that no branch is multiplied by zero."
+    "Every weight and statistic off its start: pictures with contrast, to which each branch contributes (a fresh network paints grey)."
     torch.manual_seed(seed)
     for name, value in far.state_dict().items():
+        if name.endswith(("pos_embed", "position.distance")) or not value.is_floating_point(): continue
         if name.endswith("running_var"): value.uniform_(0.5, 2)
-        elif value.ndim <= 1 and value.is_floating_point(): value.add_(0.2 * torch.randn_like(value))
+        elif value.ndim <= 1: value.add_(0.3 * torch.randn_like(value))
+        else: value.normal_(0, (2 / value[0].numel()) ** 0.5)
     return far.eval()
 
 
