@@ -878,7 +878,7 @@ _ABOUT = {"data": "pictures and masks", "train": "how it is optimised", "start":
           "perceptual": "look like the original to a classifier", "l1": "keep the known pixels", "r1": "the discriminator's gradient penalty",
           "image_size": "side in px", "patch_size": "side of a token in px", "width": "channels of the encoder", "depth": "its layers", "heads": "its attention heads",
           "decoder_width": "channels of the decoder", "decoder_depth": "its layers", "decoder_heads": "its attention heads", "mlp_ratio": "of the blocks",
-          "coordinates": "beside the MAE's features", "masked_position": "embeddings of the depth inside the hole (released code)"}
+          "blocks": "Fourier-convolution residual blocks", "coordinates": "beside the MAE's features", "masked_position": "embeddings of the depth inside the hole (released code)"}
 
 
 def _comments(kind: type) -> dict[str, str]:
