@@ -236,13 +236,14 @@ class Trial:
         began = time.perf_counter()
         self.items = [data[(0, index % len(data))] for index in range(samples)]
         self.reading = (time.perf_counter() - began) / samples
+        self.perceptual = perceptual_loss(preset.perceptual) if stage == "far" else None
 
     def step(self, size: int) -> tuple[Callable[[], Any], _Task]:
         "A function that does one optimiser step on `size` pictures, and the task it belongs to."
         config = replace(self.config, batch_size=size, gradient_accumulation=1)
         accelerator, mae = _accelerator(config), _new_mae(self.preset, None, 0)
         if self.stage == "mae": task = _PretrainMAE(mae, config, accelerator)
-        else: task = _TrainFAR(_new_far(self.preset, None, 0, mae), build_discriminator(self.preset), perceptual_loss(self.preset.perceptual), config, accelerator)
+        else: task = _TrainFAR(_new_far(self.preset, None, 0, mae), build_discriminator(self.preset), self.perceptual, config, accelerator)
         layout = torch.channels_last if config.channels_last else torch.contiguous_format
         batch = {name: value.to(accelerator.device, memory_format=layout if value.ndim == 4 else torch.preserve_format)
                  for name, value in default_collate([self.items[index % len(self.items)] for index in range(size)]).items()}
@@ -451,7 +452,7 @@ class Workshop:
     def __init__(self, asked: Asked, preset: str):
         self.asked = asked
         self.preset, self.start = starting_point(get_preset(preset), asked.init)
-        perceptual_loss(self.preset.perceptual)                            # absent weights say so now
+        self.perceptual = perceptual_loss(self.preset.perceptual)          # absent weights say so now
         self.found = find_pictures(asked.photos, self.preset.image_size)
         self.sampler = MaskSampler(self.preset.image_size, open_masks(asked.masks or self.preset.masks or "sample"))
 
@@ -767,7 +768,7 @@ def _work(plan: Plan, shop: Workshop, out: Path, device: torch.device, say: Call
     mae = shop.mae()
     if plan.mae is not None: mae = MAE.from_pretrained(pretrain_mae(mae, shop.data("mae"), plan.mae, work / "mae", eval_set=shown))
     folder = train_far(shop.far(mae), shop.data("far"), plan.far, work / "far", discriminator=shop.discriminator(),
-                       perceptual=perceptual_loss(shop.preset.perceptual), eval_set=shown)
+                       perceptual=shop.perceptual, eval_set=shown)
     far = FAR.from_pretrained(folder).to(device)
     metrics = {name: evaluate(method, test["images"], test["masks"], names=test["names"], run=name, preset=plan.preset, data_hash=test["hash"],
                               steps=plan.far.steps, device=str(device)) for name, method in (("FAR", far), ("MAE alone", far.mae), ("Telea", "telea"))}
