@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'paper_notebooks', 'notebook_error', 'ClusterLines', 'Progress', 'Profile', 'read_profile', 'snakemake_command',
            'default_jobs', 'parse_seeds', 'reproduce', 'inpaint_file', 'evaluate_method', 'write_test_set',
-           'metrics_table', 'main']
+           'metrics_table', 'train_stage', 'write_stage', 'main']
 
 # %% ../nbs/19_cli.ipynb #053fb735
-import fcntl, json, os, re, shlex, signal, subprocess, sys, tempfile, threading, time
+import fcntl, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +41,7 @@ def _alone(folder: Path, patience: float = 5.0) -> Iterator[None]:
             except OSError: time.sleep(0.25)
         else:
             file.seek(0)
-            raise FarError(f"{folder} is in use by another far reproduce (process {file.read().strip() or 'unknown'}): wait for it or stop it")
+            raise FarError(f"{folder} is in use by another far (process {file.read().strip() or 'unknown'}): wait for it or stop it")
         file.truncate(0); file.write(str(os.getpid())); file.flush()
         yield
 
@@ -547,6 +547,105 @@ def _list() -> None:
         except MissingWeights: where = f"absent; {f'{weights.size / 1e6:.0f} MB' if weights.size else 'size unknown'} at {weights.url}"
         typer.echo(f"{name:<10} {weights.network:<35} {where}")
 
+# %% ../nbs/19_cli.ipynb #d156270c
+def _first_process() -> bool: return int(os.environ.get("RANK", 0)) == 0
+
+
+def _agree() -> bool:
+    "Whether the user wants it; yes where nobody can be asked."
+    return not sys.stdin.isatty() or typer.confirm("train?", default=True)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    "A training that was stopped by a signal says how it goes on, and exits with 128 + signal; of several processes the first tells of mistakes."
+    from far_nb.core import FarError
+    from far_nb.training import TrainingStopped
+    try: yield
+    except TrainingStopped as stopped:
+        if _first_process(): print(f"far: {stopped}", file=sys.stderr)
+        raise typer.Exit(128 + stopped.signal) from None
+    except FarError:
+        if _first_process(): raise
+        raise typer.Exit(2) from None
+
+
+def train_stage(config: Path, **other: Any) -> None:
+    "Do the training that the file `config` describes; `other`: options of the command, none of which may be given beside it."
+    from far_nb.core import FarError
+    from far_nb.own import read_stage, run_stage
+    given = [f"--{name.replace('_', '-')}" if name != "photos" else "PHOTOS" for name, value in other.items() if value not in (None, False)]
+    with _resumable():
+        if given: raise FarError(f"--config {config} says it all: leave {', '.join(given)} out, or write it into the file")
+        model = run_stage(read_stage(config))
+        if _first_process(): typer.echo(f"model: {model}")
+
+
+def write_stage(path: Path, preset: str | None, stage: str | None, photos: Path | None, masks: str | None, out: Path | None, seed: int | None) -> None:
+    "Write a preset's `stage` as a file for --config, every field with what it means."
+    from far_nb.core import FarError, atomic_path
+    from far_nb.experiments import get_preset
+    from far_nb.own import stage_of_preset, stage_yaml
+    if stage is None: raise FarError("--write-config writes one stage: name it with --stage mae, far or hr")
+    if path.exists(): raise FarError(f"{path} exists: delete it, or write another file")
+    text = stage_yaml(stage_of_preset(get_preset(preset or "small"), stage, photos and str(photos), masks, out and str(out), seed or 0))
+    with atomic_path(path) as temporary: temporary.write_text(text, encoding="utf-8")
+    typer.echo(f"{path}: far train --config {path}, or accelerate launch -m far_nb.cli train --config {path}")
+
+# %% ../nbs/19_cli.ipynb #4fbd8c80
+@app.command("train")
+def _train(photos: Annotated[Optional[Path], typer.Argument(help="folder as it is, .txt list or .tar shards", show_default=False)] = None,
+           out: Annotated[Optional[Path], typer.Option("--out", "-o", help="folder for the model, its card and samples")] = None,
+           preset: Annotated[Optional[str], typer.Option(help="smoke, tiny, tiny-photos, small or paper; default: what suits the machine")] = None,
+           masks: Annotated[Optional[str], typer.Option(help="silhouettes to make holes of: a folder or .tar")] = None,
+           init: Annotated[Optional[Path], typer.Option(help="model folder to begin with; sizes come from it")] = None,
+           steps_mae: Annotated[Optional[int], typer.Option(help="steps of the autoencoder; default: the preset's")] = None,
+           steps: Annotated[Optional[int], typer.Option(help="steps of FAR")] = None,
+           batch_mae: Annotated[Optional[int], typer.Option(help="pictures per step of the autoencoder")] = None,
+           batch: Annotated[Optional[int], typer.Option(help="pictures per step of FAR")] = None,
+           hours: Annotated[Optional[float], typer.Option(help="fit the steps to this time")] = None,
+           seed: Annotated[Optional[int], typer.Option(help="default: 0")] = None,
+           device: Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one")] = None,
+           yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+           dry_run: Annotated[bool, typer.Option("--dry-run", help="only tell the plan")] = False,
+           config: Annotated[Optional[Path], typer.Option(help="one training described by a .yaml or .json file, instead of all this")] = None,
+           write_config: Annotated[Optional[Path], typer.Option(help="write such a file, with the preset's values and comments")] = None,
+           stage: Annotated[Optional[str], typer.Option(help="of --write-config: mae, far or hr")] = None) -> None:
+    """Train on your own pictures: far train PHOTOS -o MODEL.
+
+    Says what it found and what it will cost, asks, and ends with a model that far inpaint --model MODEL takes, and MODEL/samples.html.
+    The same command goes on after an interruption. --config trains one stage, also under accelerate launch -m far_nb.cli train --config FILE.
+    """
+    if config and write_config is None:
+        return train_stage(config, photos=photos, out=out, preset=preset, masks=masks, init=init, steps_mae=steps_mae, steps=steps, batch_mae=batch_mae,
+                           batch=batch, hours=hours, seed=seed, device=device, yes=yes, dry_run=dry_run, stage=stage)
+    if write_config: return write_stage(write_config, preset, stage, photos, masks, out, seed)
+    _train_photos(photos, out, yes, stage, preset=preset, masks=masks, init=init and str(init), steps_mae=steps_mae, steps=steps, batch_mae=batch_mae,
+                  batch=batch, hours=hours, seed=seed or 0, device=device, dry_run=dry_run)
+
+
+def _train_photos(photos: Path | None, out: Path | None, yes: bool, stage: str | None, **options: Any) -> None:
+    from far_nb.core import FarError
+    from far_nb.own import check_folders, train_own
+    if photos is None or out is None: raise FarError("far train needs pictures and a folder for the model: far train PHOTOS -o MODEL (or --config FILE)")
+    if stage: raise FarError("--stage belongs to --write-config: far train PHOTOS trains MAE and FAR")
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1: raise FarError("far train PHOTOS runs as one process: for several, write a file for each stage with --write-config and launch those")
+    check_folders(str(photos), out, options["init"])
+    with _resumable():
+        if options["dry_run"]: train_own(photos, out, say=typer.echo, **options)
+        else:
+            with _own_folder(out): train_own(photos, out, agree=lambda: yes or _agree(), say=typer.echo, **options)
+
+
+@contextmanager
+def _own_folder(out: Path) -> Iterator[None]:
+    "Hold MODEL alone; where nothing was begun, nothing stays of it."
+    existed = out.exists()
+    try:
+        with _alone(out / "training"): yield
+    finally:
+        if not existed and {path.name for path in out.rglob("*")} == {"training", ".lock"}: shutil.rmtree(out)
+
 # %% ../nbs/19_cli.ipynb #0ea0e14d
 @app.command("export")
 def _export(out: Annotated[Path, typer.Option("--out", "-o", help="file to write, such as far.pt")],
@@ -572,3 +671,6 @@ def main() -> None:
         if not any(kind.__name__ == "FarError" for kind in type(error).__mro__): raise      # its import costs PyTorch's
         print(f"far: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+# %% ../nbs/19_cli.ipynb #02a6d191
+if __name__ == "__main__" and __package__: main()       # python -m far_nb.cli; a notebook is __main__ too, of no package

@@ -720,13 +720,13 @@ def _fixed_masks(masks: str | os.PathLike, size: int, count: int) -> torch.Tenso
     return torch.stack([torch.from_numpy(found[index])[None].float() for index in _spread(len(found), count)])
 
 
-def test_set(source: str | os.PathLike | Sequence[str | os.PathLike], size: int, count: int, split: str = "test",
+def test_set(source: str | os.PathLike | Sequence[str | os.PathLike] | ImageFolder | Photographs, size: int, count: int, split: str = "test",
              masks: str | os.PathLike | None = None, seed: int = 0) -> dict[str, Any]:
     """The fixed pictures and masks of every reported metric: images float (N,3,S,S), masks float (N,1,S,S), names, hash.
 
     On disk: evenly spaced pictures, centre square, N = min(count, pictures). Sample set: N = count crops at 20-100 % of the area, in
     turn from the held-out photographs. `masks`: folder or tar of fixed masks; None: 10-50 %, brush, objects (of the split) and unions."""
-    images = open_images(source, split)
+    images = source if hasattr(source, "load") else open_images(source, split)
     crops = isinstance(images, Photographs) and count > len(images)
     chosen = _spread(len(images), count if crops else min(count, len(images)))
     pictures, names, crop = [], [], "resized" if crops else "center"
