@@ -663,6 +663,19 @@ def _export(out: Annotated[Path, typer.Option("--out", "-o", help="file to write
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, at most {difference:.0e} from the model")
     if format == "torchscript": typer.echo(f"with IOPaint: {iopaint_command(out)}")
 
+# %% ../nbs/19_cli.ipynb #5be07c14
+@app.command("app")
+def _app(model: Annotated[Optional[str], typer.Option("--model", "-m", help=f"{_METHODS}; default: the weights that come with far")] = None,
+         port: Annotated[Optional[int], typer.Option(min=1, max=65535, help="default: the first free one from 7860")] = None,
+         host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0: other machines may come in")] = "127.0.0.1",
+         share: Annotated[bool, typer.Option("--share", help="make a public address through Gradio's servers")] = False) -> None:
+    """Paint on a picture in the browser and have the hole filled.
+
+    Needs Gradio: pip install 'far_nb[app]'. Ctrl-C ends it, and nothing of what was uploaded stays.
+    """
+    from far_nb.app import serve
+    serve(model, host, port, share, announce=typer.echo)
+
 # %% ../nbs/19_cli.ipynb #8211d582
 def main() -> None:
     "Entry point of `far`: a `FarError` is one line on stderr and exit code 2."
