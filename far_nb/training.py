@@ -859,7 +859,6 @@ def save(self: _Run, step: int) -> None:
 @patch
 def finish(self: _Run) -> None:
     "The trained model as `from_pretrained` reads it, and train.json, whose presence says that the run is done."
-    skipped = {name: why for each in gather_object([dict(getattr(self.data.images, "skipped", {}))]) for name, why in each.items()}
     if self.main:
         self.task.judged.save_pretrained(self.out / "model")
         for name, network in list(self.task.networks.items())[1:]:       # the discriminator: a fine-tuning goes on with it
