@@ -876,7 +876,7 @@ def _own_folder(out: Path) -> Iterator[None]:
 @app.command("export")
 def _export(out: Annotated[Path, typer.Option("--out", "-o", help="file to write, such as far.pt")],
             model: Annotated[Optional[str], typer.Option("--model", "-m", help="folder of a FAR or LaMa, or user/name; default: the shipped one")] = None,
-            format: Annotated[str, typer.Option("--format", "-f", help="torchscript, pt2 or onnx")] = "torchscript",
+            format: Annotated[str, typer.Option("--format", "-f", help="torchscript or onnx")] = "torchscript",
             known: Annotated[bool, typer.Option("--known", help="answer with the picture's own pixels outside the hole")] = False) -> None:
     """Write a model as one file that runs without far_nb.
 
