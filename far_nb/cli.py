@@ -646,9 +646,13 @@ def _inpaint(image: Annotated[Path, typer.Argument(help="picture of any size, or
              batch: Annotated[int, typer.Option(help="pictures at a time; on a GPU more is faster", min=1)] = 1) -> None:
     """Fill holes: of a picture, or of all pictures in a folder.
 
-    The hole comes from a mask (a file, or a folder that has one of each picture's name, or NAME_mask), from the picture's
-    transparency, or from a colour. Sizes, modes and metadata are kept, and every known pixel bit by bit (JPEG aside).
-    Results that are there already are left alone. Exit code 0: all filled; 1: some failed, each named in one line; 2: wrong call.
+    The hole comes from a mask (a file, or a folder with masks called like
+    the pictures, or NAME_mask), from the transparency, or from a colour.
+
+    Size, mode and metadata are kept, and known pixels bit by bit (JPEG aside).
+    Results that are there already are left alone.
+
+    Exit code 0: all filled; 1: some failed, one line each; 2: wrong call.
     """
     from far_nb.core import FarError
     if sum((mask is not None, mask_alpha, mask_color is not None)) != 1:
@@ -688,10 +692,12 @@ def _evaluate(method: Annotated[str, typer.Argument(help=f"{_METHODS}, mean, or 
               test_masks: Annotated[Optional[str], typer.Option(help="without TRUE: fixed masks, a folder or .tar")] = None,
               seed: Annotated[int, typer.Option(help="of the bootstrap intervals")] = 0,
               out: Annotated[Optional[Path], typer.Option("--out", "-o", help="metrics.json to write")] = None) -> None:
-    """Measure PSNR, SSIM, FID and LPIPS, in both protocols: of a method, or of a folder.
+    """Measure PSNR, SSIM, FID and LPIPS, in both protocols.
 
-    far evaluate FILLED/ TRUE/ [--masks MASKS/] compares two folders of pictures that have the same names.
-    far evaluate METHOD fills fixed test pictures and measures that.
+    far evaluate METHOD fills fixed test pictures and measures the result.
+
+    far evaluate FILLED/ TRUE/ [--masks MASKS/] compares two folders of
+    pictures that have the same names.
     """
     from far_nb.core import FarError, require_choice, write_json
     require_choice("protocol", protocol, ("standard", "paper", "both"))
