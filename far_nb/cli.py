@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'paper_notebooks', 'notebook_error', 'ClusterLines', 'Progress', 'Profile', 'read_profile', 'snakemake_command',
            'default_jobs', 'parse_seeds', 'reproduce', 'find_pictures', 'pair_by_name', 'Job', 'plan_inpainting',
-           'Tally', 'inpaint_files', 'inpaint_file', 'evaluate_method', 'evaluate_folders', 'write_test_set',
-           'metrics_table', 'train_stage', 'write_stage', 'main']
+           'Tally', 'inpaint_files', 'picture_info', 'inpaint_file', 'evaluate_method', 'evaluate_folders',
+           'write_test_set', 'metrics_table', 'train_stage', 'write_stage', 'main']
 
 # %% ../nbs/19_cli.ipynb #053fb735
 import fcntl, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -399,7 +399,7 @@ def plan_inpainting(image: Path, mask: Path | None, out: Path, recursive: bool =
     _check_targets(jobs, overwrite)
     return jobs
 
-
+# %% ../nbs/19_cli.ipynb #a1505879
 def _check_targets(jobs: Sequence[Job], overwrite: bool) -> None:
     "No result may replace a mask, or another result; an input only when asked."
     from far_nb.core import FarError
@@ -411,7 +411,7 @@ def _check_targets(jobs: Sequence[Job], overwrite: bool) -> None:
         if target in seen: raise FarError(f"{seen[target]} and {job.image} would both become {job.out}: rename one, or leave --format out")
         seen[target] = job.image
 
-# %% ../nbs/19_cli.ipynb #a1505879
+# %% ../nbs/19_cli.ipynb #731d3469
 @dataclass
 class Tally:
     "How a run of `far inpaint` went: files written, left because they were there, and failed, with the reason."
@@ -443,23 +443,33 @@ def inpaint_files(jobs: Sequence[Job], model: str | None = None, *, overwrite: b
     method = get_ready(model, options.pop("device", "auto")) if waiting else None
     for start in range(0, len(waiting), batch):
         some = waiting[start:start + batch]
-        masks = [_mask_of(job, own_mask) for job in some]
-        results = iter(inpaint([job.image for job, mask in zip(some, masks) if not isinstance(mask, FarError)],
-                               [mask for mask in masks if not isinstance(mask, FarError)], method, **options))
-        for job, mask in zip(some, masks):
-            result = mask if isinstance(mask, FarError) else next(results)
+        inputs = [_input_of(job, own_mask) for job in some]
+        sound = [pair for pair in inputs if not isinstance(pair, FarError)]
+        results = iter(inpaint([picture for picture, _ in sound], [mask for _, mask in sound], method, **options))
+        for job, found in zip(some, inputs):
+            result = found if isinstance(found, FarError) else next(results)
             try:
                 if isinstance(result, FarError): raise result
-                tally.written.append(save_picture(result, job.out, quality)); close(job)
+                info = None if hasattr(result, "info") else picture_info(job.image)
+                tally.written.append(save_picture(result, job.out, quality, info)); close(job)
             except FarError as error: close(job, str(error))
     return tally
 
-
-def _mask_of(job: Job, own_mask: Any) -> Any:
-    "The job's mask, or the `FarError` of a picture that has none in itself."
+# %% ../nbs/19_cli.ipynb #070df690
+def _input_of(job: Job, own_mask: Any) -> Any:
+    "Picture (its path, or its array when it has 16 bits per colour) and mask; or the `FarError` of one that can't be had."
     from far_nb.core import FarError
-    try: return job.mask if own_mask is None else own_mask(job.image)
+    from far_nb.inpaint import read_deep
+    try:
+        deep = read_deep(job.image)
+        return job.image if deep is None else deep, job.mask if own_mask is None else own_mask(job.image)
     except FarError as error: return error
+
+
+def picture_info(path: Path) -> dict[str, Any]:
+    "What a picture's file says beside its pixels: resolution, colour profile, ..."
+    from PIL import Image
+    with Image.open(path) as picture: return dict(picture.info)
 
 # %% ../nbs/19_cli.ipynb #20c2522d
 def inpaint_file(image: Path, mask: Path, out: Path, model: str | None = None, invert: bool = False) -> Path:
@@ -502,7 +512,7 @@ def _read_pairs(pred: Path, true: Path, masks: Path | None) -> dict[tuple[int, i
         if first.size != second.size: raise FarError(f"{other} is {first.width}x{first.height}, {path} is {second.width}x{second.height}: make them equal")
         mask = read_mask(hole, second.size) if masks else np.ones(second.size[::-1], bool)
         both = (torch.from_numpy(np.array(each)).permute(2, 0, 1) for each in (first, second))
-        sizes.setdefault(second.size[::-1], []).append((path.name, *both, torch.from_numpy(mask)[None].float()))
+        sizes.setdefault(second.size[::-1], []).append((path.relative_to(true).as_posix(), *both, torch.from_numpy(mask)[None].float()))
     return sizes
 
 
@@ -619,11 +629,11 @@ def _own_mask(alpha: bool, color: str | None, tolerance: int) -> Any:
     if color is not None: _wanted(color, tolerance)
     return mask_from_alpha if alpha else (lambda path: mask_from_color(path, color, tolerance)) if color is not None else None
 
-
+# %% ../nbs/19_cli.ipynb #d6c83448
 @app.command("inpaint")
 def _inpaint(image: Annotated[Path, typer.Argument(help="picture of any size, or a folder", show_default=False)],
+             out: Annotated[Path, typer.Option("--out", "-o", help="file or folder to write")],
              mask: Annotated[Optional[Path], typer.Argument(help="bright = hole; or a folder with a mask per name", show_default=False)] = None,
-             out: Annotated[Path, typer.Option("--out", "-o", help="file or folder to write")] = ...,
              mask_alpha: Annotated[bool, typer.Option("--mask-alpha", help="the hole is what is transparent")] = False,
              mask_color: Annotated[Optional[str], typer.Option(help="the hole is what has this colour: '#ff00ff'")] = None,
              tolerance: Annotated[int, typer.Option(help="for --mask-color, of 255 per channel")] = 10,
@@ -638,9 +648,13 @@ def _inpaint(image: Annotated[Path, typer.Argument(help="picture of any size, or
              batch: Annotated[int, typer.Option(help="pictures at a time; on a GPU more is faster", min=1)] = 1) -> None:
     """Fill holes: of a picture, or of all pictures in a folder.
 
-    The hole comes from a mask (a file, or a folder that has one of each picture's name, or NAME_mask), from the picture's
-    transparency, or from a colour. Sizes, modes and metadata are kept, and every known pixel bit by bit (JPEG aside).
-    Results that are there already are left alone. Exit code 0: all filled; 1: some failed, each named in one line; 2: wrong call.
+    The hole comes from a mask (a file, or a folder with masks called like
+    the pictures, or NAME_mask), from the transparency, or from a colour.
+
+    Size, mode and metadata are kept, and known pixels bit by bit (JPEG aside).
+    Results that are there already are left alone.
+
+    Exit code 0: all filled; 1: some failed, one line each; 2: wrong call.
     """
     from far_nb.core import FarError
     if sum((mask is not None, mask_alpha, mask_color is not None)) != 1:
@@ -653,7 +667,7 @@ def _inpaint(image: Annotated[Path, typer.Argument(help="picture of any size, or
     typer.echo(str(tally.written[0]) if not image.is_dir() and tally.written else f"{tally} in {out}" if image.is_dir() else str(tally))
     if tally.failed: raise typer.Exit(1)
 
-
+# %% ../nbs/19_cli.ipynb #4e97d502
 @contextmanager
 def _telling(count: int) -> Iterator[Any]:
     "A function to call after each job: it moves a bar, where there are several and a terminal, and prints what failed on stderr."
@@ -680,10 +694,12 @@ def _evaluate(method: Annotated[str, typer.Argument(help=f"{_METHODS}, mean, or 
               test_masks: Annotated[Optional[str], typer.Option(help="without TRUE: fixed masks, a folder or .tar")] = None,
               seed: Annotated[int, typer.Option(help="of the bootstrap intervals")] = 0,
               out: Annotated[Optional[Path], typer.Option("--out", "-o", help="metrics.json to write")] = None) -> None:
-    """Measure PSNR, SSIM, FID and LPIPS, in both protocols: of a method, or of a folder.
+    """Measure PSNR, SSIM, FID and LPIPS, in both protocols.
 
-    far evaluate FILLED/ TRUE/ [--masks MASKS/] compares two folders of pictures that have the same names.
-    far evaluate METHOD fills fixed test pictures and measures that.
+    far evaluate METHOD fills fixed test pictures and measures the result.
+
+    far evaluate FILLED/ TRUE/ [--masks MASKS/] compares two folders of
+    pictures that have the same names.
     """
     from far_nb.core import FarError, require_choice, write_json
     require_choice("protocol", protocol, ("standard", "paper", "both"))
