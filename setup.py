@@ -23,7 +23,7 @@ setup(
     package_data={"far_nb": ["*.csv", "weights/*/*"]},
     python_requires=">=" + settings["min_python"],
     install_requires=settings["requirements"].split(),
-    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("data", "export", "docs", "slurm", "dev")},
+    extras_require={extra: settings[f"{extra}_requirements"].split() for extra in ("data", "export", "docs", "slurm", "app", "dev")},
     entry_points={"console_scripts": settings["console_scripts"].split(),
                   "nbdev": [f"{settings['lib_name']}={settings['lib_name']}._modidx:d"]},
     zip_safe=False,

@@ -1,45 +1,28 @@
 """What the scripts of this folder share: pictures out of folders, tar and zip files that nobody has vouched for, and sets written so
-that a killed run goes on where it was.
+that a killed run goes on where it was (`far_nb.shards.write_set`).
 
-A set is built in units (a shard, or as many pictures in a folder). A unit is written under a temporary name and renamed, then noted in
-OUT/.journal with its bytes and SHA-256; a second call does the units that are not noted, or whose files are gone or of another length.
-At the end the notes become OUT/manifest.json, which `far data verify OUT` checks. What it finds changed can be deleted: the same call
-makes it again.
+At the end a set has OUT/manifest.json, which `far data verify OUT` checks. What it finds changed can be deleted: the same call makes
+it again.
 """
-import fcntl
-import hashlib
 import io
-import json
 import os
-import signal
 import stat
-import tarfile
-import threading
 import zipfile
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from enum import Enum
-from functools import lru_cache, partial
-from itertools import islice
-from multiprocessing import get_context, parent_process
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, Callable, Iterable, Iterator, NamedTuple, Sequence
 
 import numpy as np
 import typer
 from PIL import Image
-from tqdm import tqdm
 
-from far_nb.core import FarError, atomic_path, read_json, write_json
-from far_nb.data import _index, _is_picture, _safe, checksum, manifest_of, read_image
+from far_nb.core import FarError
+from far_nb.data import _index, _is_picture, _safe, read_image
+from far_nb.shards import Form, by_hash, write_set
 
 _LARGEST = 2 ** 29          # bytes of one picture: a zip member may claim to unpack to more than the memory holds
-
-
-class Form(str, Enum):
-    tar = "tar"
-    folder = "folder"
 
 
 Out = Annotated[Path, typer.Argument(help="Folder to write, or to go on with.", show_default=False)]
@@ -81,7 +64,7 @@ def members(source: Path) -> list[Member]:
 
     Absolute names, '..', links that leave the source, devices, encrypted and gigantic members: `FarError`."""
     if source.suffix == ".zip": return _zip_members(source)
-    found = [Member(*entry) for entry in _index(source)]
+    found = sorted(Member(*entry) for entry in _index(source))
     for member in found:
         if member.where is None: _plain(Path(member.path), source)
     return found
@@ -156,11 +139,6 @@ def mask_png(hole: np.ndarray) -> bytes:
 
 # ---- choosing ----------------------------------------------------------------------------------------------------------------------
 
-def by_hash(names: Iterable[str]) -> list[str]:
-    "The names in the order of their SHA-256: shuffled, but the same everywhere and for ever; a prefix is a random sample."
-    return sorted(names, key=lambda name: hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest())
-
-
 def lines_of(path: Path) -> list[str]:
     "Lines of a text file without empty ones."
     try: return [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -182,203 +160,14 @@ def listed(path: Path, names: Iterable[str]) -> list[str]:
 
 # ---- writing a set -----------------------------------------------------------------------------------------------------------------
 
-class Unit(NamedTuple):
-    "What is written at a time, and noted when it is done."
-    part: str
-    number: int
-    items: Sequence[tuple[str, Any]]
-
-
-def write_unit(out: Path, form: Form, makers: dict[str, Callable[[Any], bytes]], unit: Unit) -> tuple[Unit, dict, dict]:
-    "Make and write the pictures of a unit; (unit, files: path -> bytes and SHA-256, skipped: name -> reason)."
-    skipped, files = {}, {}
-
-    def contents() -> Iterator[tuple[str, bytes]]:
-        for name, payload in unit.items:
-            try: content = makers[unit.part](payload)
-            except FarError as error: skipped[name] = str(error)
-            else: yield name, content
-
-    folder = out / unit.part
-    if form is Form.tar:
-        shard = folder / f"{unit.number:05d}.tar"
-        with atomic_path(shard) as temporary, tarfile.open(temporary, "w") as archive:
-            for name, content in contents(): _add(archive, name, content)
-        files[f"{unit.part}/{shard.name}"] = checksum(shard)
-    else:
-        for name, content in contents():
-            path = folder / name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            temporary = path.with_name(f".{path.name}")      # no fsync: it would take longer than the pictures, and lengths are compared on resuming
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-            files[f"{unit.part}/{name}"] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    return unit, files, skipped
-
-
-def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    "A member without time or owner: the same pictures give the same bytes."
-    member = tarfile.TarInfo(name)
-    member.size = len(content)
-    archive.addfile(member, io.BytesIO(content))
-
-
-class Journal:
-    "What earlier calls have finished: `files` path -> bytes and SHA-256, `skipped` part -> name -> reason; and what this one adds."
-
-    def __init__(self, out: Path, settings: dict[str, Any]):
-        if out.exists() and not out.is_dir(): raise FarError(f"{out} is a file: give a folder")
-        self.out, self.path, self.files, self.skipped = out, out / ".journal", {}, {}
-        if (out / "manifest.json").exists(): self._take_manifest(settings)
-        elif not self.path.exists() and out.exists() and any(out.iterdir()):
-            raise FarError(f"{out} is not empty and no set that was begun here: give a new folder")
-        out.mkdir(parents=True, exist_ok=True)
-        self._handle = open(self.path, "a+b")
-        try: fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise FarError(f"{out} is being written by another run: wait for it or stop it") from None
-        self._take_notes(settings)
-        for path in out.rglob(".*"):                        # temporary files of a killed run
-            if path != self.path and path.is_file(): path.unlink()
-
-    def _take_manifest(self, settings: dict[str, Any]) -> None:
-        manifest = read_json(self.out / "manifest.json")
-        self._same(manifest.get("settings"), settings)
-        for part, entry in manifest["parts"].items():
-            self.files |= {f"{part}/{name}": file for name, file in entry["files"].items()}
-            self.skipped.setdefault(part, {}).update(entry.get("skipped", {}))
-
-    def _take_notes(self, settings: dict[str, Any]) -> None:
-        self._handle.seek(0)
-        lines = self._handle.read().splitlines(keepends=True)
-        notes = []
-        for line in lines:
-            try: notes.append(json.loads(line))
-            except ValueError: continue                     # the last line of a killed run: its unit is done again
-        if lines and not lines[-1].endswith(b"\n"): self._write(b"\n")
-        if not notes: self._note({"settings": settings})
-        else: self._same(notes[0].get("settings"), settings)
-        for note in notes[1:]:
-            self.files |= note["files"]
-            self.skipped.setdefault(note["part"], {}).update(note["skipped"])
-
-    def _same(self, before: dict[str, Any] | None, now: dict[str, Any]) -> None:
-        "An `OUT` of two kinds of pictures would be worthless."
-        if before == now: return
-        before = before or {}
-        differing = [f"{key} {before.get(key)} before, {now.get(key)} now" for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
-        raise FarError(f"{self.out} was begun with other settings or sources ({'; '.join(differing)}): give a new folder, or the settings of before")
-
-    def _write(self, content: bytes) -> None:
-        self._handle.write(content); self._handle.flush()
-
-    def _note(self, note: dict[str, Any]) -> None: self._write(json.dumps(note, ensure_ascii=True).encode() + b"\n")
-
-    def add(self, unit: Unit, files: dict, skipped: dict) -> None:
-        "Note a unit that has been written."
-        self._note({"part": unit.part, "files": files, "skipped": skipped})
-        self.files |= files
-        names = {name for name, _ in unit.items}            # a picture that was broken at an earlier call may have been repaired
-        self.skipped[unit.part] = {name: reason for name, reason in self.skipped.get(unit.part, {}).items() if name not in names} | skipped
-
-    def has(self, unit: Unit, form: Form) -> bool:
-        "Whether all files of the unit have been noted and are there with the bytes noted."
-        skipped = self.skipped.get(unit.part, {})
-        names = [f"{unit.number:05d}.tar"] if form is Form.tar else [name for name, _ in unit.items if name not in skipped]
-        return all((file := self.files.get(f"{unit.part}/{name}")) and _length(self.out / unit.part / name) == file["bytes"] for name in names)
-
-    def close(self) -> None: self._handle.close()
-
-    def remove(self) -> None:
-        self.path.unlink()
-        self.close()
-
-
-def _length(path: Path) -> int:
-    try: return path.stat().st_size
-    except OSError: return -1
-
-
-def _each(work: Callable[[Unit], Any], units: Iterable[Unit], jobs: int) -> Iterator[Any]:
-    "Results as they come, from `jobs` processes; no more units are under way than keep them busy."
-    if jobs == 1:
-        yield from map(work, units)
-        return
-    pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), initializer=_leave_with_parent)
-    try:
-        units, waiting = iter(units), set()
-        while waiting := waiting | {pool.submit(work, unit) for unit in islice(units, 2 * jobs - len(waiting))}:
-            done, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in done: yield future.result()
-    finally: pool.shutdown(cancel_futures=True)
-
-
-def _leave_with_parent() -> None:
-    "In a worker: Ctrl-C is the parent's to answer, and a parent that was killed leaves no worker behind."
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def _units(parts: dict[str, Sequence[tuple[str, Any]]], per_shard: int) -> list[Unit]:
-    return [Unit(part, number, items[start:start + per_shard]) for part, items in parts.items()
-            for number, start in enumerate(range(0, len(items), per_shard))]
-
-
-def _digest(parts: dict[str, Sequence[tuple[str, Any]]]) -> str:
-    "What tells one plan from another: the parts and their names in order."
-    digest = hashlib.sha256()
-    for part, items in parts.items():
-        names = [name for name, _ in items]
-        if len(set(names)) < len(names):
-            raise FarError(f"{part}: two pictures have one name, such as '{next(name for name in names if names.count(name) > 1)}'")
-        for name in names: digest.update(f"{part}\t{name}\n".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
 def build(out: Path, parts: dict[str, Sequence[tuple[str, Any]]], make: Callable[[Any], bytes], settings: dict[str, Any],
           form: Form = Form.tar, per_shard: int = 1000, jobs: int = 1, makers: dict[str, Callable[[Any], bytes]] | None = None) -> dict[str, Any]:
-    """Write OUT/PART (shards of `per_shard` pictures, or files), OUT/PART.txt (one path a line) and OUT/manifest.json; the manifest.
-
-    `parts`: name -> (file name, what `make` turns into its bytes), in order; `makers`: for a part that is made otherwise. A picture of
-    which `make` says `FarError` is left out and told. `settings` must be those of the call that began OUT, else `FarError`."""
-    if not any(parts.values()): raise FarError("there is no picture to write")
-    parts = {part: items for part, items in parts.items() if items}
-    settings = {**settings, "form": form.value, "per_shard": per_shard, "names": _digest(parts)}
-    journal, units = Journal(out, settings), _units(parts, per_shard)
-    try:
-        missing = [unit for unit in units if not journal.has(unit, form)]
-        total, left = (sum(len(unit.items) for unit in some) for some in (units, missing))
-        with tqdm(total=total, initial=total - left, unit=" pictures", desc=out.name, smoothing=0.05) as bar:
-            work = partial(write_unit, out, form, {part: make for part in parts} | (makers or {}))
-            for unit, files, skipped in _each(work, missing, jobs):
-                journal.add(unit, files, skipped)
-                bar.update(len(unit.items))
-        manifest = _conclude(out, parts, journal, settings, form)
-        journal.remove()
-    finally: journal.close()
-    return manifest
-
-
-def _entry(pictures: int, files: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    return {"pictures": pictures, "bytes": sum(file["bytes"] for file in files.values()), "files": files}
-
-
-def _conclude(out: Path, parts: dict[str, Sequence[tuple[str, Any]]], journal: Journal, settings: dict[str, Any], form: Form) -> dict[str, Any]:
-    "Write lists and manifest, and say what there is."
-    entries, lists = {}, {}
-    for part, items in parts.items():
-        skipped = journal.skipped.get(part, {})
-        names = [name for name, _ in items if name not in skipped]
-        if not names: raise FarError(f"{part}: none of its {len(items)} pictures is sound; the first: {next(iter(skipped.values()))}")
-        prefix = f"{part}/"
-        files = {path.removeprefix(prefix): file for path, file in sorted(journal.files.items()) if path.startswith(prefix)}
-        entries[part] = _entry(len(names), files) | ({"skipped": skipped} if skipped else {})
-        with atomic_path(out / f"{part}.txt") as temporary:
-            temporary.write_text("".join(f"{Path(part).name}/{name}\n" for name in names), encoding="utf-8")
-        lists[f"{part}.txt"] = checksum(out / f"{part}.txt")
-        kind, size = "shards" if form is Form.tar else "files", entries[part]["bytes"] / 1e6
-        typer.echo(f"{part}: {len(names):,} pictures in {len(files):,} {kind}, {size:,.1f} MB")
-        if skipped: note(f"{part}: {len(skipped):,} broken pictures left out; the first: {next(iter(skipped.values()))}")
-    manifest = manifest_of({**entries, ".": _entry(0, lists)}, settings=settings)
-    write_json(out / "manifest.json", manifest)
+    "`write_set`, and say what there is; the manifest."
+    manifest = write_set(out, parts, make, settings, form, per_shard, jobs, makers)
+    kind = "shards" if form is Form.tar else "files"
+    for part in (part for part, items in parts.items() if items):
+        entry = manifest["parts"][part]
+        typer.echo(f"{part}: {entry['pictures']:,} pictures in {len(entry['files']):,} {kind}, {entry['bytes'] / 1e6:,.1f} MB")
+        if skipped := entry.get("skipped"): note(f"{part}: {len(skipped):,} broken pictures left out; the first: {next(iter(skipped.values()))}")
     typer.echo(f"{manifest['pictures']:,} pictures, {manifest['bytes'] / 1e6:,.1f} MB, hash {manifest['hash'][:16]}; to check: far data verify {out}")
     return manifest

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['app', 'paper_notebooks', 'notebook_error', 'ClusterLines', 'Progress', 'Profile', 'read_profile', 'snakemake_command',
-           'default_jobs', 'parse_seeds', 'reproduce', 'inpaint_file', 'evaluate_method', 'write_test_set',
-           'metrics_table', 'main']
+           'default_jobs', 'parse_seeds', 'reproduce', 'find_pictures', 'pair_by_name', 'Job', 'plan_inpainting',
+           'Tally', 'inpaint_files', 'inpaint_file', 'evaluate_method', 'evaluate_folders', 'write_test_set',
+           'metrics_table', 'train_stage', 'write_stage', 'main']
 
 # %% ../nbs/19_cli.ipynb #053fb735
-import fcntl, json, os, re, shlex, signal, subprocess, sys, tempfile, threading, time
+import fcntl, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,7 +42,7 @@ def _alone(folder: Path, patience: float = 5.0) -> Iterator[None]:
             except OSError: time.sleep(0.25)
         else:
             file.seek(0)
-            raise FarError(f"{folder} is in use by another far reproduce (process {file.read().strip() or 'unknown'}): wait for it or stop it")
+            raise FarError(f"{folder} is in use by another far (process {file.read().strip() or 'unknown'}): wait for it or stop it")
         file.truncate(0); file.write(str(os.getpid())); file.flush()
         yield
 
@@ -289,7 +290,8 @@ def reproduce(preset: str = "tiny", out: str | Path = ".", only: str | None = No
     raised before anything runs. A second call makes only what is missing or out of date."""
     from far_nb.experiments import check_sources, get_preset, parse_targets, write_plan
     from far_nb.core import FarError, read_json
-    scale, targets, numbers = get_preset(preset), parse_targets(only), parse_seeds(seeds)
+    scale, numbers = get_preset(preset), parse_seeds(seeds)
+    targets = parse_targets(only, scale)
     console = console or Console(soft_wrap=True, force_jupyter=False)
     if jobs is not None and jobs < 1: raise FarError(f"--jobs {jobs}: one or more notebooks at a time")
     sources = check_sources(scale, **sources)
@@ -333,20 +335,139 @@ def _conclude(progress: Progress, code: int, preset: str, targets: Sequence[str]
     return 0 if code == 0 else 1
 
 # %% ../nbs/19_cli.ipynb #8a5bb8c5
-def inpaint_file(image: Path, mask: Path, out: Path, model: str, invert: bool = False) -> Path:
-    "Fill the hole `mask` of the picture `image` and write `out`, whose suffix says the format; returns it."
-    from PIL import Image
-    from far_nb.core import FarError, atomic_path
-    from far_nb.inpaint import inpaint
-    formats = Image.registered_extensions()
-    if formats.get(out.suffix.lower()) not in Image.SAVE:
-        raise FarError(f"{out}: no picture format is called '{out.suffix}': use .png, .jpg or .webp")
-    result = inpaint(image, mask, model, invert=invert)
-    if formats[out.suffix.lower()] == "JPEG": result = result.convert("RGB")
-    try:
-        with atomic_path(out) as temporary: result.save(temporary, format=formats[out.suffix.lower()])
-    except OSError as error: raise FarError(f"{out} cannot be written: {error.strerror or error}") from None
-    return out
+def find_pictures(folder: Path, recursive: bool = False, without: Sequence[Path | None] = ()) -> list[Path]:
+    "The pictures in `folder`, with `recursive` also below it, but not those below the folders `without`; none: `FarError`."
+    from far_nb.core import FarError
+    from far_nb.data import _is_picture
+    aside = [path.resolve() for path in without if path and path.resolve() != folder.resolve()]
+    found = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir()) if _is_picture(path.name) and path.is_file()
+                   and not any(path.resolve().is_relative_to(other) for other in aside))
+    if not found:
+        deeper = "" if recursive else "; --recursive looks into its folders" if any(path.is_dir() for path in folder.iterdir()) else ""
+        raise FarError(f"{folder}: no pictures there{deeper}")
+    return found
+
+
+def pair_by_name(pictures: Sequence[Path], root: Path, others: Path, what: str = "mask") -> list[Path | str]:
+    "For each picture below `root` the one below `others` with its name, whatever the suffix, or NAME_mask; else a line that says what is missing."
+    named: dict[str, list[Path]] = {}
+    for path in find_pictures(others, recursive=True): named.setdefault(path.relative_to(others).with_suffix("").as_posix(), []).append(path)
+    pairs: list[Path | str] = []
+    for picture in pictures:
+        name = picture.relative_to(root).with_suffix("").as_posix()
+        found = named.get(name) or named.get(f"{name}_mask", [])
+        pairs.append(found[0] if len(found) == 1 else f"{picture}: {len(found) or 'no'} {what}s called '{name}' in {others}, expected one")
+    return pairs
+
+# %% ../nbs/19_cli.ipynb #6a7946fd
+@dataclass(frozen=True)
+class Job:
+    "One picture to fill: its file, its mask's (None: in the picture itself; a text: why there is none), and where the result goes."
+    image: Path
+    mask: Path | str | None
+    out: Path
+
+
+def _writable(name: Path, form: str | None) -> Path:
+    "The output's name: with the suffix `form`, or its own where that can be written, else .png."
+    from far_nb.core import FarError
+    from far_nb.inpaint import picture_format
+    if form is not None: return name.with_suffix("." + form.lower().lstrip("."))
+    try: picture_format(name)
+    except FarError: return name.with_suffix(".png")
+    return name
+
+
+def plan_inpainting(image: Path, mask: Path | None, out: Path, recursive: bool = False, form: str | None = None, overwrite: bool = False) -> list[Job]:
+    "What `far inpaint` has to do, for a picture or a folder; a call that makes no sense is a `FarError`."
+    from far_nb.core import FarError
+    from far_nb.inpaint import picture_format
+    for path in filter(None, (image, mask)):
+        if not path.exists(): raise FarError(f"{path}: no such file or folder")
+    if form is not None: picture_format(f"picture.{form.lstrip('.')}")
+    if image.is_dir():
+        if out.is_file() or out.suffix and not out.exists() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"):
+            raise FarError(f"{image} is a folder, so -o must be one too, not {out}")
+        pictures = find_pictures(image, recursive, without=[out, mask if mask and mask.is_dir() else None])
+        masks = pair_by_name(pictures, image, mask) if mask and mask.is_dir() else [mask] * len(pictures)
+        jobs = [Job(picture, its, out / _writable(picture.relative_to(image), form)) for picture, its in zip(pictures, masks)]
+    else:
+        if mask and mask.is_dir(): mask, = pair_by_name([image], image.parent, mask)
+        target = out / _writable(Path(image.name), form) if out.is_dir() else out if form is None else out.with_suffix(f".{form.lstrip('.')}")
+        picture_format(target)
+        jobs = [Job(image, mask, target)]
+    _check_targets(jobs, overwrite)
+    return jobs
+
+
+def _check_targets(jobs: Sequence[Job], overwrite: bool) -> None:
+    "No result may replace a mask, or another result; an input only when asked."
+    from far_nb.core import FarError
+    masks, images, seen = ({job.mask.resolve() for job in jobs if isinstance(job.mask, Path)}, {job.image.resolve() for job in jobs}, {})
+    for job in jobs:
+        target = job.out.resolve()
+        if target in masks: raise FarError(f"{job.out} is a mask: name another place with -o")
+        if target in images and not overwrite: raise FarError(f"{job.out} is the picture itself: name another place with -o, or add --overwrite to replace it")
+        if target in seen: raise FarError(f"{seen[target]} and {job.image} would both become {job.out}: rename one, or leave --format out")
+        seen[target] = job.image
+
+# %% ../nbs/19_cli.ipynb #a1505879
+@dataclass
+class Tally:
+    "How a run of `far inpaint` went: files written, left because they were there, and failed, with the reason."
+    written: list[Path] = field(default_factory=list)
+    left: list[Path] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return ", ".join([f"{len(self.written)} filled", *([f"{len(self.left)} left as they were (--overwrite replaces them)"] if self.left else []),
+                          *([f"{len(self.failed)} failed"] if self.failed else [])])
+
+
+def inpaint_files(jobs: Sequence[Job], model: str | None = None, *, overwrite: bool = False, own_mask: Any = None, quality: int | None = None,
+                  batch: int = 1, said: Any = None, **options: Any) -> Tally:
+    """Fill every job's picture and write it; what fails is noted and the rest go on. `own_mask`: function from a picture's path to its hole.
+
+    `batch`: pictures at a time. `said(job, reason or None)` is called after each. `options` are `inpaint`'s. A wrong model: `FarError`."""
+    from far_nb.core import FarError
+    from far_nb.inpaint import get_ready, inpaint, save_picture
+    tally, said = Tally(), said or (lambda job, reason: None)
+    def close(job: Job, reason: str | None = None) -> None:
+        if reason: tally.failed[str(job.image)] = reason if str(job.image) in reason else f"{job.image}: {reason}"
+        said(job, tally.failed.get(str(job.image)))
+    waiting = []
+    for job in jobs:
+        if job.out.exists() and not overwrite: tally.left.append(job.out); close(job)
+        elif isinstance(job.mask, str): close(job, job.mask)
+        else: waiting.append(job)
+    method = get_ready(model, options.pop("device", "auto")) if waiting else None
+    for start in range(0, len(waiting), batch):
+        some = waiting[start:start + batch]
+        masks = [_mask_of(job, own_mask) for job in some]
+        results = iter(inpaint([job.image for job, mask in zip(some, masks) if not isinstance(mask, FarError)],
+                               [mask for mask in masks if not isinstance(mask, FarError)], method, **options))
+        for job, mask in zip(some, masks):
+            result = mask if isinstance(mask, FarError) else next(results)
+            try:
+                if isinstance(result, FarError): raise result
+                tally.written.append(save_picture(result, job.out, quality)); close(job)
+            except FarError as error: close(job, str(error))
+    return tally
+
+
+def _mask_of(job: Job, own_mask: Any) -> Any:
+    "The job's mask, or the `FarError` of a picture that has none in itself."
+    from far_nb.core import FarError
+    try: return job.mask if own_mask is None else own_mask(job.image)
+    except FarError as error: return error
+
+# %% ../nbs/19_cli.ipynb #20c2522d
+def inpaint_file(image: Path, mask: Path, out: Path, model: str | None = None, invert: bool = False) -> Path:
+    "Fill the hole `mask` of the picture `image` and write `out`, whose suffix says the format; returns it. An existing `out` is replaced."
+    from far_nb.core import FarError
+    tally = inpaint_files(plan_inpainting(image, mask, out, overwrite=True), model, overwrite=True, invert=invert)
+    for reason in tally.failed.values(): raise FarError(reason)
+    return tally.written[0]
 
 
 def evaluate_method(method: str, data: str = "sample-scenes", size: int = 256, count: int = 128, test_masks: str | None = None,
@@ -363,6 +484,51 @@ def evaluate_method(method: str, data: str = "sample-scenes", size: int = 256, c
     metrics = evaluate(ready, test["images"], test["masks"], names=test["names"], seed=seed, run=ready.name, dataset=data, data_hash=test["hash"])
     if out: write_json(out, metrics)
     return metrics
+
+# %% ../nbs/19_cli.ipynb #aa19a6c4
+def _read_pairs(pred: Path, true: Path, masks: Path | None) -> dict[tuple[int, int], list[tuple[str, Any, Any, Any]]]:
+    "Pairs of equal size (H,W): name, predicted and true picture (3,H,W) uint8, mask (1,H,W)."
+    import numpy as np
+    import torch
+    from far_nb.core import FarError
+    from far_nb.data import read_image, read_mask
+    for folder in filter(None, (pred, true, masks)):
+        if not folder.is_dir(): raise FarError(f"{folder}: no such folder")
+    truths, sizes = find_pictures(true, recursive=True), {}
+    for path, other, hole in zip(truths, pair_by_name(truths, true, pred, "picture"), pair_by_name(truths, true, masks) if masks else truths):
+        for found in (other, hole):
+            if isinstance(found, str): raise FarError(found)
+        first, second = read_image(other), read_image(path)
+        if first.size != second.size: raise FarError(f"{other} is {first.width}x{first.height}, {path} is {second.width}x{second.height}: make them equal")
+        mask = read_mask(hole, second.size) if masks else np.ones(second.size[::-1], bool)
+        both = (torch.from_numpy(np.array(each)).permute(2, 0, 1) for each in (first, second))
+        sizes.setdefault(second.size[::-1], []).append((path.name, *both, torch.from_numpy(mask)[None].float()))
+    return sizes
+
+
+def evaluate_folders(pred: Path, true: Path, masks: Path | None = None, seed: int = 0) -> dict[str, Any]:
+    "`evaluate`'s metrics of the pictures in `pred` against those of the same names in `true`, inside `masks` if given."
+    import torch
+    from far_nb.evaluation import bootstrap, evaluate
+    from far_nb.inpaint import Method
+    class Given(Method):
+        def __call__(self, images: Any, masks: Any, names: Any = None) -> Any: return self.predict(images, masks, names)
+    sizes, parts = _read_pairs(pred, true, masks), []
+    for pairs in sizes.values():
+        names, first, second, holes = zip(*pairs)
+        by_name = dict(zip(names, first))
+        found = Given(pred.name, lambda images, masks, chosen: torch.stack([by_name[name] for name in chosen]) / 255)
+        parts.append(evaluate(found, torch.stack(second) / 255, torch.stack(holes), names=names, seed=seed, run=str(pred), dataset=str(true)))
+    if len(parts) == 1: return parts[0]
+    per_image = {key: [value for part in parts for value in part["per_image"].get(key, [])] for key in parts[0]["per_image"]}
+    whole = {**parts[0], "images": sum(part["images"] for part in parts), "per_image": per_image, "metrics": []}
+    for entry in parts[0]["metrics"]:
+        values = per_image.get(f"{entry['metric']}/{entry['protocol']}")
+        low, high = bootstrap(values, seed) if values and len(values) == whole["images"] else (None, None)
+        value = sum(values) / len(values) if low is not None else None
+        reason = None if value is not None else entry["reason"] or f"the pictures have {len(parts)} sizes: {entry['metric']} needs one"
+        whole["metrics"].append({**entry, "value": value, "ci_low": low, "ci_high": high, "images": whole["images"], "reason": reason})
+    return whole
 
 # %% ../nbs/19_cli.ipynb #ba302f4f
 def write_test_set(out: Path, preset: str = "tiny", which: str = "scenes", overwrite: bool = False, **sources: str | None) -> dict[str, Any]:
@@ -447,26 +613,87 @@ def _reproduce(preset: Annotated[str, typer.Option(help="smoke, tiny, small or p
 _METHODS = "folder of a trained model, far:DIR, lama:DIR, mae:DIR, telea, biharmonic"
 
 
+def _own_mask(alpha: bool, color: str | None, tolerance: int) -> Any:
+    "Function from a picture's path to the hole that is in the picture itself; None when neither is wanted."
+    from far_nb.inpaint import _wanted, mask_from_alpha, mask_from_color
+    if color is not None: _wanted(color, tolerance)
+    return mask_from_alpha if alpha else (lambda path: mask_from_color(path, color, tolerance)) if color is not None else None
+
+
 @app.command("inpaint")
-def _inpaint(image: Annotated[Path, typer.Argument(help="picture of any size")],
-             mask: Annotated[Path, typer.Argument(help="bright pixels are the hole")],
-             out: Annotated[Path, typer.Option("--out", "-o", help="picture to write; .png keeps known pixels exactly")],
-             model: Annotated[str, typer.Option("--model", "-m", help=_METHODS)],
-             invert: Annotated[bool, typer.Option("--invert", help="dark pixels are the hole")] = False) -> None:
-    "Fill the hole of a picture."
-    typer.echo(inpaint_file(image, mask, out, model, invert))
+def _inpaint(image: Annotated[Path, typer.Argument(help="picture of any size, or a folder", show_default=False)],
+             mask: Annotated[Optional[Path], typer.Argument(help="bright = hole; or a folder with a mask per name", show_default=False)] = None,
+             out: Annotated[Path, typer.Option("--out", "-o", help="file or folder to write")] = ...,
+             mask_alpha: Annotated[bool, typer.Option("--mask-alpha", help="the hole is what is transparent")] = False,
+             mask_color: Annotated[Optional[str], typer.Option(help="the hole is what has this colour: '#ff00ff'")] = None,
+             tolerance: Annotated[int, typer.Option(help="for --mask-color, of 255 per channel")] = 10,
+             invert: Annotated[bool, typer.Option("--invert", help="dark pixels are the hole")] = False,
+             model: Annotated[Optional[str], typer.Option("--model", "-m", help=f"{_METHODS}; default: the package's")] = None,
+             device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1")] = "auto",
+             max_side: Annotated[Optional[int], typer.Option(help="longest side that the model gets at once")] = None,
+             recursive: Annotated[bool, typer.Option("--recursive", "-r", help="folders inside folders too")] = False,
+             overwrite: Annotated[bool, typer.Option("--overwrite", help="replace results that are there")] = False,
+             form: Annotated[Optional[str], typer.Option("--format", help="png, jpg, webp, tif; default: the picture's")] = None,
+             quality: Annotated[Optional[int], typer.Option(help="of JPEG (95) and WebP (lossless)", min=1, max=100)] = None,
+             batch: Annotated[int, typer.Option(help="pictures at a time; on a GPU more is faster", min=1)] = 1) -> None:
+    """Fill holes: of a picture, or of all pictures in a folder.
+
+    The hole comes from a mask (a file, or a folder that has one of each picture's name, or NAME_mask), from the picture's
+    transparency, or from a colour. Sizes, modes and metadata are kept, and every known pixel bit by bit (JPEG aside).
+    Results that are there already are left alone. Exit code 0: all filled; 1: some failed, each named in one line; 2: wrong call.
+    """
+    from far_nb.core import FarError
+    if sum((mask is not None, mask_alpha, mask_color is not None)) != 1:
+        raise FarError("give one mask: a file or folder after the picture, or --mask-alpha, or --mask-color COLOR")
+    own_mask = _own_mask(mask_alpha, mask_color, tolerance)
+    jobs = plan_inpainting(image, mask, out, recursive, form, overwrite)
+    with _telling(len(jobs)) as said:
+        tally = inpaint_files(jobs, model, overwrite=overwrite, own_mask=own_mask, quality=quality, batch=batch, said=said,
+                              invert=invert, device=device, max_side=max_side)
+    typer.echo(str(tally.written[0]) if not image.is_dir() and tally.written else f"{tally} in {out}" if image.is_dir() else str(tally))
+    if tally.failed: raise typer.Exit(1)
 
 
+@contextmanager
+def _telling(count: int) -> Iterator[Any]:
+    "A function to call after each job: it moves a bar, where there are several and a terminal, and prints what failed on stderr."
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bar, TimeRemainingColumn
+    bar = Bar(BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=Console(stderr=True, force_jupyter=False), transient=True,
+              disable=count < 2 or not sys.stderr.isatty())
+    with bar:
+        task = bar.add_task("", total=count)
+        def said(job: Job, reason: str | None) -> None:
+            if reason: bar.console.print(f"far: {' '.join(reason.split())}", markup=False, highlight=False, soft_wrap=True)
+            bar.advance(task)
+        yield said
+
+# %% ../nbs/19_cli.ipynb #75e2004b
 @app.command("evaluate")
-def _evaluate(method: Annotated[str, typer.Argument(help=f"{_METHODS}, mean, or a folder of inpainted pictures")],
-              data: Annotated[str, typer.Option(help=_DATA)] = "sample-scenes",
-              size: Annotated[int, typer.Option(help="side of the test pictures")] = 256,
-              count: Annotated[int, typer.Option(help="number of test pictures")] = 128,
-              test_masks: Annotated[Optional[str], typer.Option(help="fixed masks: a folder or .tar")] = None,
+def _evaluate(method: Annotated[str, typer.Argument(help=f"{_METHODS}, mean, or a folder of inpainted pictures", show_default=False)],
+              true: Annotated[Optional[Path], typer.Argument(help="folder of the true pictures, of the same names", show_default=False)] = None,
+              masks: Annotated[Optional[Path], typer.Option(help="with TRUE: judge inside these masks only")] = None,
+              protocol: Annotated[str, typer.Option(help="standard, paper or both")] = "both",
+              as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+              data: Annotated[str, typer.Option(help=f"without TRUE: {_DATA}")] = "sample-scenes",
+              size: Annotated[int, typer.Option(help="without TRUE: side of the test pictures")] = 256,
+              count: Annotated[int, typer.Option(help="without TRUE: number of test pictures")] = 128,
+              test_masks: Annotated[Optional[str], typer.Option(help="without TRUE: fixed masks, a folder or .tar")] = None,
               seed: Annotated[int, typer.Option(help="of the bootstrap intervals")] = 0,
               out: Annotated[Optional[Path], typer.Option("--out", "-o", help="metrics.json to write")] = None) -> None:
-    "Measure a method: PSNR, SSIM, FID, LPIPS, in both protocols."
-    Console(force_jupyter=False).print(metrics_table(evaluate_method(method, data, size, count, test_masks, seed, out)))
+    """Measure PSNR, SSIM, FID and LPIPS, in both protocols: of a method, or of a folder.
+
+    far evaluate FILLED/ TRUE/ [--masks MASKS/] compares two folders of pictures that have the same names.
+    far evaluate METHOD fills fixed test pictures and measures that.
+    """
+    from far_nb.core import FarError, require_choice, write_json
+    require_choice("protocol", protocol, ("standard", "paper", "both"))
+    if masks and true is None: raise FarError("--masks goes with two folders: far evaluate FILLED/ TRUE/ --masks MASKS/")
+    if true is None: metrics = evaluate_method(method, data, size, count, test_masks, seed)
+    else: metrics = evaluate_folders(Path(method.removeprefix("folder:")), true, masks, seed)
+    if protocol != "both": metrics["metrics"] = [entry for entry in metrics["metrics"] if entry["protocol"] == protocol]
+    if out: write_json(out, metrics)
+    if as_json: typer.echo(json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False))
+    else: Console(force_jupyter=False).print(metrics_table(metrics))
 
 # %% ../nbs/19_cli.ipynb #960fac1b
 _data = typer.Typer(no_args_is_help=True, help="Test pictures for other programs, and prepared sets checked.")
@@ -546,6 +773,105 @@ def _list() -> None:
         except MissingWeights: where = f"absent; {f'{weights.size / 1e6:.0f} MB' if weights.size else 'size unknown'} at {weights.url}"
         typer.echo(f"{name:<10} {weights.network:<35} {where}")
 
+# %% ../nbs/19_cli.ipynb #d156270c
+def _first_process() -> bool: return int(os.environ.get("RANK", 0)) == 0
+
+
+def _agree() -> bool:
+    "Whether the user wants it; yes where nobody can be asked."
+    return not sys.stdin.isatty() or typer.confirm("train?", default=True)
+
+
+@contextmanager
+def _resumable() -> Iterator[None]:
+    "A training that was stopped by a signal says how it goes on, and exits with 128 + signal; of several processes the first tells of mistakes."
+    from far_nb.core import FarError
+    from far_nb.training import TrainingStopped
+    try: yield
+    except TrainingStopped as stopped:
+        if _first_process(): print(f"far: {stopped}", file=sys.stderr)
+        raise typer.Exit(128 + stopped.signal) from None
+    except FarError:
+        if _first_process(): raise
+        raise typer.Exit(2) from None
+
+
+def train_stage(config: Path, **other: Any) -> None:
+    "Do the training that the file `config` describes; `other`: options of the command, none of which may be given beside it."
+    from far_nb.core import FarError
+    from far_nb.own import read_stage, run_stage
+    given = [f"--{name.replace('_', '-')}" if name != "photos" else "PHOTOS" for name, value in other.items() if value not in (None, False)]
+    with _resumable():
+        if given: raise FarError(f"--config {config} says it all: leave {', '.join(given)} out, or write it into the file")
+        model = run_stage(read_stage(config))
+        if _first_process(): typer.echo(f"model: {model}")
+
+
+def write_stage(path: Path, preset: str | None, stage: str | None, photos: Path | None, masks: str | None, out: Path | None, seed: int | None) -> None:
+    "Write a preset's `stage` as a file for --config, every field with what it means."
+    from far_nb.core import FarError, atomic_path
+    from far_nb.experiments import get_preset
+    from far_nb.own import stage_of_preset, stage_yaml
+    if stage is None: raise FarError("--write-config writes one stage: name it with --stage mae, far or hr")
+    if path.exists(): raise FarError(f"{path} exists: delete it, or write another file")
+    text = stage_yaml(stage_of_preset(get_preset(preset or "small"), stage, photos and str(photos), masks, out and str(out), seed or 0))
+    with atomic_path(path) as temporary: temporary.write_text(text, encoding="utf-8")
+    typer.echo(f"{path}: far train --config {path}, or accelerate launch -m far_nb.cli train --config {path}")
+
+# %% ../nbs/19_cli.ipynb #4fbd8c80
+@app.command("train")
+def _train(photos: Annotated[Optional[Path], typer.Argument(help="folder as it is, .txt list or .tar shards", show_default=False)] = None,
+           out: Annotated[Optional[Path], typer.Option("--out", "-o", help="folder for the model, its card and samples")] = None,
+           preset: Annotated[Optional[str], typer.Option(help="smoke, tiny, tiny-photos, small or paper; default: what suits the machine")] = None,
+           masks: Annotated[Optional[str], typer.Option(help="silhouettes to make holes of: a folder or .tar")] = None,
+           init: Annotated[Optional[Path], typer.Option(help="model folder to begin with; sizes come from it")] = None,
+           steps_mae: Annotated[Optional[int], typer.Option(help="steps of the autoencoder; default: the preset's")] = None,
+           steps: Annotated[Optional[int], typer.Option(help="steps of FAR")] = None,
+           batch_mae: Annotated[Optional[int], typer.Option(help="pictures per step of the autoencoder")] = None,
+           batch: Annotated[Optional[int], typer.Option(help="pictures per step of FAR")] = None,
+           hours: Annotated[Optional[float], typer.Option(help="fit the steps to this time")] = None,
+           seed: Annotated[Optional[int], typer.Option(help="default: 0")] = None,
+           device: Annotated[Optional[str], typer.Option(help="cpu, cuda or cuda:N; default: a GPU if there is one")] = None,
+           yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+           dry_run: Annotated[bool, typer.Option("--dry-run", help="only tell the plan")] = False,
+           config: Annotated[Optional[Path], typer.Option(help="one training described by a .yaml or .json file, instead of all this")] = None,
+           write_config: Annotated[Optional[Path], typer.Option(help="write such a file, with the preset's values and comments")] = None,
+           stage: Annotated[Optional[str], typer.Option(help="of --write-config: mae, far or hr")] = None) -> None:
+    """Train on your own pictures: far train PHOTOS -o MODEL.
+
+    Says what it found and what it will cost, asks, and ends with a model that far inpaint --model MODEL takes, and MODEL/samples.html.
+    The same command goes on after an interruption. --config trains one stage, also under accelerate launch -m far_nb.cli train --config FILE.
+    """
+    if config and write_config is None:
+        return train_stage(config, photos=photos, out=out, preset=preset, masks=masks, init=init, steps_mae=steps_mae, steps=steps, batch_mae=batch_mae,
+                           batch=batch, hours=hours, seed=seed, device=device, yes=yes, dry_run=dry_run, stage=stage)
+    if write_config: return write_stage(write_config, preset, stage, photos, masks, out, seed)
+    _train_photos(photos, out, yes, stage, preset=preset, masks=masks, init=init and str(init), steps_mae=steps_mae, steps=steps, batch_mae=batch_mae,
+                  batch=batch, hours=hours, seed=seed or 0, device=device, dry_run=dry_run)
+
+
+def _train_photos(photos: Path | None, out: Path | None, yes: bool, stage: str | None, **options: Any) -> None:
+    from far_nb.core import FarError
+    from far_nb.own import check_folders, train_own
+    if photos is None or out is None: raise FarError("far train needs pictures and a folder for the model: far train PHOTOS -o MODEL (or --config FILE)")
+    if stage: raise FarError("--stage belongs to --write-config: far train PHOTOS trains MAE and FAR")
+    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1: raise FarError("far train PHOTOS runs as one process: for several, write a file for each stage with --write-config and launch those")
+    check_folders(str(photos), out, options["init"])
+    with _resumable():
+        if options["dry_run"]: train_own(photos, out, say=typer.echo, **options)
+        else:
+            with _own_folder(out): train_own(photos, out, agree=lambda: yes or _agree(), say=typer.echo, **options)
+
+
+@contextmanager
+def _own_folder(out: Path) -> Iterator[None]:
+    "Hold MODEL alone; where nothing was begun, nothing stays of it."
+    existed = out.exists()
+    try:
+        with _alone(out / "training"): yield
+    finally:
+        if not existed and {path.name for path in out.rglob("*")} == {"training", ".lock"}: shutil.rmtree(out)
+
 # %% ../nbs/19_cli.ipynb #0ea0e14d
 @app.command("export")
 def _export(out: Annotated[Path, typer.Option("--out", "-o", help="file to write, such as far.pt")],
@@ -563,6 +889,19 @@ def _export(out: Annotated[Path, typer.Option("--out", "-o", help="file to write
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, at most {difference:.0e} from the model")
     if format == "torchscript": typer.echo(f"with IOPaint: {iopaint_command(out)}")
 
+# %% ../nbs/19_cli.ipynb #5be07c14
+@app.command("app")
+def _app(model: Annotated[Optional[str], typer.Option("--model", "-m", help=f"{_METHODS}; default: the weights that come with far")] = None,
+         port: Annotated[Optional[int], typer.Option(min=1, max=65535, help="default: the first free one from 7860")] = None,
+         host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0: other machines may come in")] = "127.0.0.1",
+         share: Annotated[bool, typer.Option("--share", help="make a public address through Gradio's servers")] = False) -> None:
+    """Paint on a picture in the browser and have the hole filled.
+
+    Needs Gradio: pip install 'far_nb[app]'. Ctrl-C ends it, and nothing of what was uploaded stays.
+    """
+    from far_nb.app import serve
+    serve(model, host, port, share, announce=typer.echo)
+
 # %% ../nbs/19_cli.ipynb #8211d582
 def main() -> None:
     "Entry point of `far`: a `FarError` is one line on stderr and exit code 2."
@@ -571,3 +910,6 @@ def main() -> None:
         if not any(kind.__name__ == "FarError" for kind in type(error).__mro__): raise      # its import costs PyTorch's
         print(f"far: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
+
+# %% ../nbs/19_cli.ipynb #02a6d191
+if __name__ == "__main__" and __package__: main()       # python -m far_nb.cli; a notebook is __main__ too, of no package

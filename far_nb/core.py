@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -137,8 +136,9 @@ def _as_picture(image: Any) -> np.ndarray:
     return image.clip(0, 1) if image.dtype.kind == "f" else image
 
 
-def show_images(images: Sequence[Any], titles: Sequence[str] | None = None, columns: int | None = None, width: float = 1.6) -> plt.Figure:
+def show_images(images: Sequence[Any], titles: Sequence[str] | None = None, columns: int | None = None, width: float = 1.6) -> "matplotlib.figure.Figure":
     "Grid of pictures, `width` inches each; tensors (C,H,W) in [0,1], arrays (H,W[,3]), PIL images or masks."
+    import matplotlib.pyplot as plt                      # half a second that only those who look at pictures need
     columns = columns or min(len(images), 8)
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, (width + (0.25 if titles else 0)) * rows), dpi=80, squeeze=False)

@@ -8,10 +8,12 @@ __all__ = ['SPLITS', 'read_image', 'read_mask', 'ImageFolder', 'Photographs', 's
            'manifest_of', 'verify']
 
 # %% ../nbs/02_data.ipynb #a7627816
-import hashlib, importlib.util, io, math, os, tarfile, tempfile, uuid, weakref
+import hashlib, importlib.util, io, math, os, tarfile, tempfile, time, uuid, weakref, zipfile
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, Iterator, Sequence
+from typing import Any, BinaryIO, Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -19,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset, Sampler
 from tqdm import tqdm
 
-from .core import FarError, provenance, read_json, require_choice, rng
+from .core import FarError, atomic_path, provenance, read_json, require_choice, rng
 from .masks import MaskSampler, mae_mask, patch_mask
 
 # %% ../nbs/02_data.ipynb #98e13dc1
@@ -88,6 +90,79 @@ _SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", 
 _Entry = tuple[str, str, int | None, int | None]      # name, file, offset and bytes inside a tar
 
 
+class _Strings(Sequence):
+    "Strings in one array: two million `str` are 200 MB, and every data worker would soon hold its own copy (Python counts references)."
+
+    def __init__(self, text: np.ndarray, starts: np.ndarray, stops: np.ndarray): self.text, self.starts, self.stops = text, starts, stops
+
+    @classmethod
+    def of(cls, strings: Iterable[str]) -> "_Strings":
+        encoded = [string.encode("utf-8", "surrogateescape") for string in strings]
+        lengths = np.array([len(one) for one in encoded], np.int64)
+        return cls(np.frombuffer(b"".join(encoded), np.uint8), lengths.cumsum() - lengths, lengths.cumsum())
+
+    @classmethod
+    def joined(cls, parts: Sequence["_Strings"]) -> "_Strings":
+        shifts = np.cumsum([0, *(len(part.text) for part in parts)])
+        return cls(np.concatenate([part.text for part in parts]), *(np.concatenate([getattr(part, name) + shift for part, shift in zip(parts, shifts)])
+                                                                     for name in ("starts", "stops")))
+
+    def take(self, indices: np.ndarray) -> "_Strings": return _Strings(self.text, self.starts[indices], self.stops[indices])
+
+    def __len__(self) -> int: return len(self.starts)
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if isinstance(index, slice): return [self[one] for one in range(len(self))[index]]
+        return self.text[self.starts[index]:self.stops[index]].tobytes().decode("utf-8", "surrogateescape")
+
+    def __iter__(self) -> Iterator[str]:
+        text = self.text.tobytes()
+        return (text[start:stop].decode("utf-8", "surrogateescape") for start, stop in zip(self.starts.tolist(), self.stops.tolist()))
+
+    def __eq__(self, other: Any) -> bool: return list(self) == list(other)
+
+# %% ../nbs/02_data.ipynb #bae03f04
+class _Entries(Sequence):
+    "Many `_Entry` in arrays: 40 bytes each beside the name. `shard` is a number in `paths`, `offset` is -1 for a file of its own."
+
+    def __init__(self, names: _Strings, paths: _Strings, shard: np.ndarray, offset: np.ndarray, size: np.ndarray):
+        self.names, self.paths, self.shard, self.offset, self.size = names, paths, shard, offset, size
+
+    @classmethod
+    def of(cls, entries: Sequence[_Entry]) -> "_Entries":
+        paths = {path: None for _, path, _, _ in entries}
+        for number, path in enumerate(paths): paths[path] = number
+        numbers = np.array([(paths[path], -1 if offset is None else offset, -1 if size is None else size) for _, path, offset, size in entries], np.int64)
+        return cls(_Strings.of(entry[0] for entry in entries), _Strings.of(paths), *numbers.reshape(-1, 3).T.copy())
+
+    @classmethod
+    def joined(cls, parts: Sequence["_Entries"]) -> "_Entries":
+        shifts = np.cumsum([0, *(len(part.paths) for part in parts)])
+        return cls(*(_Strings.joined([getattr(part, name) for part in parts]) for name in ("names", "paths")),
+                   np.concatenate([part.shard + shift for part, shift in zip(parts, shifts)]),
+                   *(np.concatenate([getattr(part, name) for part in parts]) for name in ("offset", "size")))
+
+    def take(self, indices: Sequence[int] | np.ndarray) -> "_Entries":
+        indices = np.asarray(indices, np.int64)
+        return _Entries(self.names.take(indices), self.paths, self.shard[indices], self.offset[indices], self.size[indices])
+
+    def sorted(self) -> "_Entries":
+        "By name; those of one name as they are."
+        names = list(self.names)
+        return self.take(sorted(range(len(self)), key=names.__getitem__))
+
+    def __len__(self) -> int: return len(self.shard)
+
+    def __getitem__(self, index: int) -> _Entry:
+        offset, size = int(self.offset[index]), int(self.size[index])
+        return self.names[index], self.paths[int(self.shard[index])], None if offset < 0 else offset, None if size < 0 else size
+
+    def __iter__(self) -> Iterator[_Entry]:
+        paths = list(self.paths)
+        rows = zip(self.names, self.shard.tolist(), self.offset.tolist(), self.size.tolist())
+        return ((name, paths[shard], None if offset < 0 else offset, None if size < 0 else size) for name, shard, offset, size in rows)
+
+# %% ../nbs/02_data.ipynb #d49c2716
 def _is_picture(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in _SUFFIXES and not PurePosixPath(name).name.startswith(".")
 
@@ -100,20 +175,20 @@ def _safe(name: str, where: str) -> str:
     return name.removeprefix("./")
 
 
-def _index_folder(folder: Path) -> list[_Entry]:
+def _index_folder(folder: Path) -> _Entries:
     "The pictures below `folder`; where there are none, those in the tar shards below it."
     files = [(path.relative_to(folder).as_posix(), str(path), None, None) for path in folder.rglob("*") if _is_picture(path.name)]
-    return files or [entry for tar in sorted(folder.rglob("*.tar")) for entry in _index_tar(tar)]
+    return _Entries.of(files) if files else _index_all(sorted(folder.rglob("*.tar")))
 
 
-def _index_list(path: Path) -> list[_Entry]:
+def _index_list(path: Path) -> _Entries:
     "One path a line, relative to the list's folder; empty lines and # comments are passed over."
     try: lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError: raise FarError(f"{path}: a list of pictures must be UTF-8 text, one path a line") from None
-    return [(_safe(line, str(path)), str(path.parent / line), None, None) for line in lines if line and not line.startswith("#")]
+    return _Entries.of([(_safe(line, str(path)), str(path.parent / line), None, None) for line in lines if line and not line.startswith("#")])
 
-# %% ../nbs/02_data.ipynb #bae03f04
-def _index_tar(path: Path) -> list[_Entry]:
+
+def _read_headers(path: Path) -> _Entries:
     "Offsets of the pictures in an uncompressed tar; links, devices and names that point outside are refused."
     entries: list[_Entry] = []
     try:
@@ -126,16 +201,51 @@ def _index_tar(path: Path) -> list[_Entry]:
                 archive.members.clear()        # Python would keep every header: gigabytes for two million pictures
     except (tarfile.TarError, EOFError, OSError) as error:
         raise FarError(f"{path}: not an uncompressed tar file ({error}): decompress it, or download it again") from None
-    return entries
+    return _Entries.of(entries)
+
+# %% ../nbs/02_data.ipynb #998394d5
+_WORTH_KEEPING = 100        # pictures in a tar
+_TABLE = ("text", "starts", "stops", "offset", "size")
 
 
-def _index(source: str | os.PathLike) -> list[_Entry]:
+def _kept_index(path: Path) -> Path:
+    cache = os.environ.get("FAR_NB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "far_nb"
+    return Path(cache).expanduser() / "shards" / f"{hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:32]}.npz"
+
+
+def _index_tar(path: Path) -> _Entries:
+    "`_read_headers`, or what was kept of it if the tar has the length and time of then. A cache that cannot be used is none."
+    began, state = time.time_ns(), path.stat()
+    stamp = np.array([1, state.st_size, state.st_mtime_ns])                    # the format of this file comes first
+    try:
+        with np.load(_kept_index(path)) as kept:
+            if np.array_equal(kept["stamp"], stamp):
+                text, starts, stops, offset, size = (kept[name] for name in _TABLE)
+                return _Entries(_Strings(text, starts, stops), _Strings.of([str(path)]), np.zeros(len(offset), np.int64), offset, size)
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile): pass
+    found = _read_headers(path)
+    if len(found) < _WORTH_KEEPING or began - state.st_mtime_ns < 2e9: return found      # just written: it may change within the clock's tick
+    table = dict(zip(_TABLE, (found.names.text, found.names.starts, found.names.stops, found.offset, found.size)))
+    try:
+        with atomic_path(_kept_index(path)) as temporary: np.savez(temporary, stamp=stamp, **table)
+    except (OSError, RuntimeError): pass                                       # read-only, full, or nobody's home
+    return found
+
+
+def _index(source: str | os.PathLike) -> _Entries:
     path = Path(source).expanduser()
     if not path.exists(): raise FarError(f"{path}: no such folder, list or tar of pictures")
     indexers = {".txt": _index_list, ".tar": _index_tar}
     if not path.is_dir() and path.suffix not in indexers:
         raise FarError(f"{path}: give a folder of pictures, a .txt list of paths or a .tar file")
-    return sorted(_index_folder(path) if path.is_dir() else indexers[path.suffix](path))
+    return _index_folder(path) if path.is_dir() else indexers[path.suffix](path)
+
+
+def _index_all(sources: Sequence[str | os.PathLike]) -> _Entries:
+    "All in one, in the order given; several at a time, for a network disk answers late."
+    with ThreadPoolExecutor(16) as pool:
+        found = list(tqdm(pool.map(_index, sources), total=len(sources), desc="reading indices", unit=" sources", delay=3, disable=None, leave=False))
+    return _Entries.joined(found or [_Entries.of([])])
 
 # %% ../nbs/02_data.ipynb #c901701f
 class _SkipLog:
@@ -158,31 +268,72 @@ class _SkipLog:
         return dict(line.split("\t", 1) for line in lines if "\t" in line)
 
 # %% ../nbs/02_data.ipynb #da779671
+class _Handle:
+    "A file that stays open while somebody holds this; reads name their place, so threads and forked processes may share it."
+
+    def __init__(self, path: str, ahead: bool):
+        self.number = os.open(path, os.O_RDONLY)
+        if ahead and hasattr(os, "posix_fadvise"): os.posix_fadvise(self.number, 0, 0, os.POSIX_FADV_WILLNEED)      # all of it, please
+
+    def read(self, offset: int, size: int) -> bytes:
+        parts = []
+        while size and (part := os.pread(self.number, size, offset)):
+            parts.append(part)
+            offset, size = offset + len(part), size - len(part)
+        return b"".join(parts)
+
+    def __del__(self):
+        if hasattr(self, "number"): os.close(self.number)
+
+# %% ../nbs/02_data.ipynb #8a3375ec
 class _Files:
     "Files of folders, lists and tars, in the order of their names; their contents as bytes."
+    _open_shards = 32               # kept open by a process, the least recently read goes first
+    window: int | None = None       # shards that are read at a time
 
     def __init__(self, source: str | os.PathLike | Sequence[str | os.PathLike]):
         sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
-        entries = [(part, entry) for part in sources for entry in _index(part)]
-        if len({entry[0] for _, entry in entries}) < len(entries):                    # the same name in two shards or folders
-            entries = [(part, (f"{Path(file if offset is not None else part).stem}/{name}", file, offset, size))
-                       for part, (name, file, offset, size) in entries]
-        self._entries = sorted(entry for _, entry in entries)
-        if not self._entries: raise FarError(f"{', '.join(map(str, sources))}: no pictures there ({', '.join(sorted(_SUFFIXES))})")
+        entries = (_index(sources[0]) if len(sources) == 1 else _index_all(sources)).sorted()
+        if any(one == other for one, other in pairwise(entries.names)): entries = self._told_apart(sources)
+        if not len(entries): raise FarError(f"{', '.join(map(str, sources))}: no pictures there ({', '.join(sorted(_SUFFIXES))})")
+        self._entries, self._handles = entries, {}
+
+    @staticmethod
+    def _told_apart(sources: Sequence[str | os.PathLike]) -> _Entries:
+        "With the same name in two shards or folders: names that begin with the shard or the source."
+        named = sorted((f"{Path(file if offset is not None else source).stem}/{name}", file, offset, size)
+                       for source in sources for name, file, offset, size in _index(source))
+        return _Entries.of(named)
 
     def __len__(self) -> int: return len(self._entries)
 
+    def __getstate__(self) -> dict[str, Any]: return self.__dict__ | {"_handles": {}}
+
     @property
-    def names(self) -> list[str]: return [entry[0] for entry in self._entries]
+    def names(self) -> Sequence[str]: return self._entries.names
+
+    @property
+    def shards(self) -> np.ndarray | None:
+        "Number of the tar shard that each file lies in, int (N,); None where some are files of their own."
+        return self._entries.shard if (self._entries.offset >= 0).all() else None
 
     def read_bytes(self, index: int) -> bytes:
         "Content of file `index`."
         name, path, offset, size = self._entries[index]
         try:
-            with open(path, "rb") as file:
-                if offset is not None: file.seek(offset)
-                return file.read() if size is None else file.read(size)
+            if offset is not None: return self._read_shard(path, offset, size)
+            with open(path, "rb") as file: return file.read()
         except OSError as error: raise FarError(f"{name}: cannot be read ({error.strerror or error})") from None
+
+    def _read_shard(self, path: str, offset: int, size: int) -> bytes:
+        known = self._handles.pop(path, None)
+        handle = self._handles[path] = known or _Handle(path, ahead=self.window is not None)      # the newest is the last
+        while len(self._handles) > self._open_shards: self._handles.pop(next(iter(self._handles)), None)
+        try: return handle.read(offset, size)
+        except OSError:
+            if known is None: raise
+            self._handles[path] = _Handle(path, ahead=False)               # a network disk that was away: what was open then is not any more
+            return self._handles[path].read(offset, size)
 
     def hash(self) -> str:
         "SHA-256 over names and sizes in bytes."
@@ -192,17 +343,24 @@ class _Files:
             digest.update(f"{name}\t{size}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
-# %% ../nbs/02_data.ipynb #8a3375ec
+# %% ../nbs/02_data.ipynb #025b74ed
+_LARGE = 16 * 10 ** 9       # bytes: more than a workstation's memory keeps of the disk
+
+
 class ImageFolder(_Files, Dataset):
     """Pictures of a folder (and its sub-folders; of the shards there if it has no pictures), a `.txt` list, a `.tar`, or several of these.
 
     `[i]` is PIL RGB, in the order of `names`; `skipped`: name -> reason for the broken files met so far, also by data workers;
     `hash()` identifies the set. A broken file is replaced by the next sound one. Nothing to read, nothing sound, or an unsafe
-    entry: `FarError`."""
+    entry: `FarError`.
+
+    `shards`: number of the shard of each picture, or None. `window`: training reads from so many shards at a time; None: from
+    anywhere, in any order. It is 8 for sets all in shards, of 16 GB or more, and may be set."""
 
     def __init__(self, source: str | os.PathLike | Sequence[str | os.PathLike]):
         super().__init__(source)
         self._log, self._broken = _SkipLog(), set()
+        self.window = 8 if self.shards is not None and self._entries.size.sum() >= _LARGE else None
 
     def __getitem__(self, index: int) -> Image.Image: return self.load(index)
 
@@ -214,7 +372,7 @@ class ImageFolder(_Files, Dataset):
     def subset(self, indices: Sequence[int]) -> "ImageFolder":
         "The same pictures, only those at `indices`."
         part = ImageFolder.__new__(ImageFolder)
-        part._entries, part._log, part._broken = [self._entries[int(index)] for index in indices], _SkipLog(), set()
+        part._entries, part._handles, part._log, part._broken, part.window = self._entries.take(indices), {}, _SkipLog(), set(), self.window
         return part
 
     def load(self, index: int, at_least: int | None = None) -> Image.Image:
@@ -450,9 +608,11 @@ def _needed(size: int, crop: str, scale: tuple[float, float]) -> int:
 
 def _cut(image: Image.Image, box: tuple[float, ...], size: int, flip: bool) -> torch.Tensor:
     "`box` of `image`, bicubic, as float (3,size,size) in [0,1]."
-    pixels = np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0))     # (S,S,3)
-    pixels = pixels[:, ::-1] if flip else pixels
-    return torch.from_numpy(pixels.transpose(2, 0, 1).astype(np.float32) / np.float32(255))
+    image = image.resize((size, size), Image.Resampling.BICUBIC, box=box, reducing_gap=2.0)
+    if flip: image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    pixels = np.empty((3, size, size), np.float32)
+    for plane, band in zip(pixels, image.split()): np.divide(band, 255, out=plane, dtype=np.float32)
+    return torch.from_numpy(pixels)
 
 # %% ../nbs/02_data.ipynb #b23a9116
 class InpaintingDataset(Dataset):
@@ -509,13 +669,17 @@ class StepSampler(Sampler):
 
     def __len__(self) -> int: return max(0, self.steps - self.start_step) * self.batch_size
 
+    def order(self, epoch: int) -> np.ndarray:
+        "Permutation of range(length)."
+        return rng(self.seed, epoch, 0, 1).permutation(self.length)
+
     def __iter__(self) -> Iterator[tuple[int, ...]]:
         current, order = -1, None
         for step in range(self.start_step, self.steps):
             first, size = (step * self.world + self.rank) * self.batch_size, (self.sizes[step % len(self.sizes)],) if self.sizes else ()
             for position in range(first, first + self.batch_size):
                 epoch, place = divmod(position, self.length)
-                if epoch != current: current, order = epoch, rng(self.seed, epoch, 0, 1).permutation(self.length)
+                if epoch != current: current, order = epoch, self.order(epoch)
                 yield epoch, int(order[place]), *size
 
 # %% ../nbs/02_data.ipynb #7b6187e8
@@ -556,13 +720,13 @@ def _fixed_masks(masks: str | os.PathLike, size: int, count: int) -> torch.Tenso
     return torch.stack([torch.from_numpy(found[index])[None].float() for index in _spread(len(found), count)])
 
 
-def test_set(source: str | os.PathLike | Sequence[str | os.PathLike], size: int, count: int, split: str = "test",
+def test_set(source: str | os.PathLike | Sequence[str | os.PathLike] | ImageFolder | Photographs, size: int, count: int, split: str = "test",
              masks: str | os.PathLike | None = None, seed: int = 0) -> dict[str, Any]:
     """The fixed pictures and masks of every reported metric: images float (N,3,S,S), masks float (N,1,S,S), names, hash.
 
     On disk: evenly spaced pictures, centre square, N = min(count, pictures). Sample set: N = count crops at 20-100 % of the area, in
     turn from the held-out photographs. `masks`: folder or tar of fixed masks; None: 10-50 %, brush, objects (of the split) and unions."""
-    images = open_images(source, split)
+    images = source if hasattr(source, "load") else open_images(source, split)
     crops = isinstance(images, Photographs) and count > len(images)
     chosen = _spread(len(images), count if crops else min(count, len(images)))
     pictures, names, crop = [], [], "resized" if crops else "center"

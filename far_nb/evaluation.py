@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['PROTOCOLS', 'PSNR_CAP', 'composite_uint8', 'psnr', 'ssim', 'lpips', 'frechet_distance', 'fid', 'bootstrap',
-           'predictions', 'evaluate', 'quick_evaluate']
+           'predictions', 'share_of', 'gathered', 'evaluate', 'quick_evaluate']
 
 # %% ../nbs/13_evaluation.ipynb #d24c2ecb
-import os, warnings
+import math, os, warnings
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Callable, Sequence
@@ -15,6 +15,8 @@ from typing import Any, Callable, Sequence
 import lpips as lpips_package
 import numpy as np
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from skimage.color import rgb2gray
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from torch import Tensor, nn
@@ -145,9 +147,15 @@ def fid(pred: Tensor, true: Tensor, network: str = "inception", protocol: str = 
     Biased upwards for small N: compare only numbers of equal N, and print N. "inception" needs torch-fidelity's file (`MissingWeights`).
     """
     require_choice("protocol", protocol, PROTOCOLS)
+    return frechet_distance(*_features(pred, true, network, protocol, device, batch_size))
+
+
+@torch.no_grad()
+def _features(pred: Tensor, true: Tensor, network: str, protocol: str, device: str, batch_size: int = 32) -> list[np.ndarray]:
+    "What `fid` compares: the pooled features (N,d) of both sets."
     extract = _feature_function(require_choice("FID network", network, ["inception", "lite0"]), protocol, device)
     sets = [images if images.dtype == torch.uint8 else _quantise(images, protocol) for images in (pred, true)]
-    return frechet_distance(*(torch.cat([extract(batch) for batch in images.split(batch_size)]).cpu().numpy() for images in sets))
+    return [torch.cat([extract(batch) for batch in images.split(batch_size)]).cpu().numpy() for images in sets]
 
 # %% ../nbs/13_evaluation.ipynb #ff3e5d54
 def bootstrap(values: Sequence[float], seed: int = 0, n: int = 1000) -> tuple[float, float]:
@@ -169,12 +177,20 @@ def _per_picture(pred: Tensor, true: Tensor, protocol: str) -> dict[str, list[fl
     return {"PSNR": [min(psnr(*pair, protocol), PSNR_CAP) for pair in pairs], "SSIM": [ssim(*pair, protocol) for pair in pairs]}
 
 
-def _measure(metric: str, pred: Tensor, true: Tensor, protocol: str, device: str) -> tuple[float | list[float] | None, str | None]:
-    "A network's metric (per picture for LPIPS) and None, or None and the reason why it can't be had."
+def _measure(metric: str, pred: Tensor, true: Tensor, protocol: str, device: str) -> list[Any] | str:
+    "What a network says of each pair, LPIPS or the two features (d,) of FID; or the reason why it can't be had."
     function, network = _METRICS[metric]
     try:
-        if function is fid: return fid(pred, true, network, protocol, device), None
-        return lpips(pred, true, network, device).tolist(), None
+        if function is fid: return list(zip(*_features(pred, true, network, protocol, device)))
+        return lpips(pred, true, network, device).tolist()
+    except FarError as error: return str(error)
+
+
+def _total(metric: str, found: list[Any] | str) -> tuple[float | list[float] | None, str | None]:
+    "The metric of all pictures (per picture but for FID) and None, or None and the reason why it can't be had."
+    if isinstance(found, str): return None, found
+    if not metric.startswith("FID"): return found, None
+    try: return frechet_distance(*map(np.stack, zip(*found))), None
     except FarError as error: return None, str(error)
 
 # %% ../nbs/13_evaluation.ipynb #6fd45140
@@ -191,31 +207,80 @@ def predictions(method: Method, images: Tensor, masks: Tensor, names: Sequence[s
     return torch.cat([method(images[k:k + batch_size], masks[k:k + batch_size], names and list(names)[k:k + batch_size]) for k in starts])
 
 # %% ../nbs/13_evaluation.ipynb #fba5c080
+def share_of(count: int, unit: int) -> slice:
+    "Which of `count` pictures this process takes: neighbours, in whole batches of `unit`; all of them when it is alone. Some may get none."
+    state, units = PartialState(), -(-count // unit)
+    first, last = (units * rank // state.num_processes * unit for rank in (state.process_index, state.process_index + 1))
+    return slice(min(first, count), min(last, count))
+
+
+def gathered(found: Any) -> Any:
+    """The lists that the processes have found in their shares, joined in order (in dictionaries: name by name; a reason instead of a list prevails).
+
+    A `FarError` in place of one's list is raised in all of them."""
+    parts = gather_object([found])
+    for error in parts:
+        if isinstance(error, FarError): raise error
+    if len(parts) == 1: return found
+    if isinstance(found, list): return sum(parts, [])
+    names = next((list(part) for part in parts if part), [])
+    columns = {name: [part[name] for part in parts if part] for name in names}      # a process without pictures has no names
+    return {name: next((each for each in column if isinstance(each, str)), None) or sum(column, []) for name, column in columns.items()}
+
+
+def _in_shares(judge: Callable[[slice], dict[str, Any]], count: int, batch_size: int, shared: bool) -> dict[str, Any]:
+    "What `judge` finds in pictures 0 to `count` - 1: in one go, or shared among the processes."
+    if not shared: return judge(slice(0, count))
+    part = share_of(count, math.lcm(batch_size, 32))                # the metrics' networks take 32 at a time
+    try: found = judge(part) if part.start < part.stop else {}
+    except FarError as error: found = error                         # the others wait for an answer
+    return gathered(found)
+
+# %% ../nbs/13_evaluation.ipynb #91cd8b9b
+def _judge(method: Method, images: Tensor, masks: Tensor, names: Sequence[str] | None, batch_size: int, device: str) -> dict[str, list[Any] | str]:
+    "Per picture, and by METRIC/PROTOCOL, all that `evaluate` reports of these pictures."
+    raw, found = predictions(method, images, masks, names, batch_size), {}
+    for protocol in PROTOCOLS:
+        pred, true = composite_uint8(images, masks, raw, protocol).cpu(), _quantise(images, protocol).cpu()
+        found |= {f"{name}/{protocol}": values for name, values in _per_picture(pred, true, protocol).items()}
+        found |= {f"{name}/{protocol}": _measure(name, pred, true, protocol, device) for name in ("FID", "LPIPS", "FID (lite0)", "LPIPS (lite0)")}
+    return found
+
+# %% ../nbs/13_evaluation.ipynb #8989441c
 def evaluate(method: "str | os.PathLike | FAR | Method", images: Tensor, masks: Tensor, *, names: Sequence[str] | None = None, seed: int = 0,
              run: str = "", experiment: str = "", preset: str = "", dataset: str = "", data_hash: str = "", steps: int | None = None,
-             batch_size: int = 16, device: str | None = None) -> dict[str, Any]:
+             batch_size: int = 16, device: str | None = None, shared: bool = False) -> dict[str, Any]:
     """PSNR, SSIM, FID, LPIPS and the surrogates, in both protocols, of a method on images (N,3,H,W) in [0,1] and masks (N,1,H,W).
 
     Returns what metrics.json holds: the given fields, `provenance`, `metrics` (mean, 95 % interval, or null and a `reason`) and
-    `per_image` values. `seed` draws the bootstrap. `device` is where the metrics' networks run (a GPU when there is one).
+    `per_image` values. `seed` draws the bootstrap. `device` is where the metrics' networks run (a GPU when there is one). `shared`: all
+    processes of a launch call this with the same pictures, each does a part, and all get the result that one alone would have.
     """
     if not len(images): raise FarError("nothing to evaluate: the test set is empty")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    raw, metrics, per_image = predictions(get_method(method), images, masks, names, batch_size), [], {}
-    for protocol in PROTOCOLS:
-        pred, true = composite_uint8(images, masks, raw, protocol).cpu(), _quantise(images, protocol).cpu()
-        found = {name: (values, None) for name, values in _per_picture(pred, true, protocol).items()}
-        found |= {name: _measure(name, pred, true, protocol, device) for name in ("FID", "LPIPS", "FID (lite0)", "LPIPS (lite0)")}
-        metrics += [_rows(name, protocol, value, reason, len(images), seed) for name, (value, reason) in found.items()]
-        per_image |= {f"{name}/{protocol}": value for name, (value, _) in found.items() if isinstance(value, list)}
+    method, metrics, per_image = get_method(method), [], {}
+    judge = lambda part: _judge(method, images[part], masks[part], names and list(names)[part], batch_size, device)
+    for name, values in _in_shares(judge, len(images), batch_size, shared).items():
+        metric, protocol = name.rsplit("/", 1)
+        value, reason = _total(metric, values)
+        metrics.append(_rows(metric, protocol, value, reason, len(images), seed))
+        if isinstance(value, list): per_image[name] = value
     return {"run": run, "experiment": experiment, "preset": preset, "dataset": dataset, "data_hash": data_hash, "images": len(images),
             "steps": steps, "seed": seed, "provenance": provenance(), "metrics": metrics, "per_image": per_image}
 
 # %% ../nbs/13_evaluation.ipynb #1a27b85d
-def quick_evaluate(far: "FAR | Method", images: Tensor, masks: Tensor, batch_size: int = 16) -> dict[str, float]:
-    "PSNR (capped), SSIM, LPIPS (lite0) and FID (lite0), standard protocol, of a network as it is now; FID of one picture is nan."
-    raw, device = predictions(get_method(far), images, masks, None, batch_size), str(images.device)
-    pred, true = composite_uint8(images, masks, raw), _quantise(images, "standard")
-    values = {name.lower(): float(np.mean(values)) for name, values in _per_picture(pred.cpu(), true.cpu(), "standard").items()}
-    return {**values, "lpips_lite0": float(lpips(pred, true, "lite0", device).mean()),
-            "fid_lite0": fid(pred, true, "lite0", "standard", device) if len(images) > 1 else float("nan")}
+def quick_evaluate(far: "FAR | Method", images: Tensor, masks: Tensor, batch_size: int = 16, shared: bool = False) -> dict[str, float]:
+    """PSNR (capped), SSIM, LPIPS (lite0) and FID (lite0), standard protocol, of a network as it is now; FID of one picture is nan.
+
+    `shared` as in `evaluate`."""
+    device = str(images.device)
+
+    def judge(part: slice) -> dict[str, list]:
+        raw = predictions(get_method(far), images[part], masks[part], None, batch_size)
+        pred, true = composite_uint8(images[part], masks[part], raw), _quantise(images[part], "standard")
+        return _per_picture(pred.cpu(), true.cpu(), "standard") | {"lpips_lite0": lpips(pred, true, "lite0", device).tolist(),
+                                                                   "fid_lite0": list(zip(*_features(pred, true, "lite0", "standard", device)))}
+    found = _in_shares(judge, len(images), batch_size, shared)
+    features = map(np.stack, zip(*found.pop("fid_lite0")))
+    return {**{name.lower(): float(np.mean(values)) for name, values in found.items()},
+            "fid_lite0": frechet_distance(*features) if len(images) > 1 else float("nan")}

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 
 from .core import FarError, atomic_path, denormalise, provenance, read_json, require_choice, rng
 from .data import sample_objects, test_set
-from .experiments import (Preset, Sources, absent, build_far, build_mae, build_test_set, get_experiment, get_preset, outputs_of, resolve, run_folder,
-                                run_name, shown)
+from .experiments import (TARGETS, Preset, Sources, absent, build_far, build_mae, build_test_set, get_experiment, get_preset, outputs_of, resolve, run_folder,
+                                parse_targets, run_name, shown)
 from .far import FAR, composite, mae_view
 from .inpaint import get_method
 from .mae import MAE
@@ -218,14 +218,15 @@ def figure_pictures(preset: Preset, which: str, sources: Sources, size: int) -> 
 
 # %% ../nbs/18_figures.ipynb #4999ff10
 def _possible(sheet: Sheet, missing: Mapping[str, str]) -> bool:
-    "Whether the networks of a sheet can be trained: without faces, none of the faces' can."
-    return not any(name in missing and get_experiment(name).spec != "folder" for name in sheet.columns.values())
+    "Whether any network of a sheet can be trained: without faces, none of the faces' can."
+    return any(name not in missing and get_experiment(name).spec != "folder" for name in sheet.columns.values())
 
 
 def _panel(number: int, sheet: Sheet, runs: str | Path, preset: str, seed: int, sources: Sources) -> Panel:
     "The sheet's columns: masked, a prediction per method in the hole of the original, original."
-    given, methods = given_outputs(number, sources), {}
+    given, methods, missing = given_outputs(number, sources), {}, absent(get_preset(preset), sources)
     for title, name in sheet.columns.items():
+        if name in missing and name not in given: continue                                           # the preset does not train it
         kind = "mae" if get_experiment(name).kind == "mae" else "far"
         if name in given: methods[title] = given[name] and get_method(f"folder:{given[name]}")
         else: methods[title] = get_method(f"{kind}:{model_folder(runs, preset, name, seed, number)}")
@@ -565,7 +566,8 @@ def _draw_alphas(axis: Axes, log: pd.DataFrame) -> None:
 
 def figure5(runs: str | Path, preset: str, seed: int = 0, sources: Sources = Sources()) -> Figure:
     "Figure 5: (a) metrics on the evaluation set against steps for the four rows of Table 3; (b) |α_j| of the run that starts at 0."
-    logs = {experiment: _run_csv(runs, preset, experiment, seed, "eval.csv", tuple(_CURVES)) for experiment in _VARIANTS}
+    missing = absent(get_preset(preset), sources)
+    logs = {name: _run_csv(runs, preset, name, seed, "eval.csv", tuple(_CURVES)) for name in _VARIANTS if name not in missing}
     alphas = _run_csv(runs, preset, "far-alpha0", seed, "log.csv", [f"alpha{j}" for j in range(1, 5)])
     with _style():
         figure = _figure(figsize=(_PAGE, 2.1), layout="constrained")
@@ -633,12 +635,13 @@ def _inset_palette(axis: Axes, masked: np.ndarray) -> None:
 def figure9(runs: str | Path, preset: str, seed: int = 0, sources: Sources = Sources()) -> Figure:
     """Figure 9: for each masked position the one it attends to most, by the MAE's prior attention and by contextual attention.
 
-    Both are of the run `far-contextual`, which stands on the MAE: it has both attentions on the same pictures."""
-    far = FAR.from_pretrained(model_folder(runs, preset, "far-contextual", seed, 9))
+    The MAE's is of `mae-mixed`; contextual attention, where the preset trains it, of the run `far-contextual`, which stands on that MAE."""
     pictures = figure_pictures(get_preset(preset), "ablation", sources, get_preset(preset).image_size)
     images, masks = pictures["images"], pictures["masks"]
-    found = contextual_attention(far, images, masks)
-    attentions = {"MAE": prior_attention(far.mae, images, masks), **{f"contextual,\n{place} FFC": weights for place, weights in found.items()}}
+    attentions = {"MAE": prior_attention(MAE.from_pretrained(model_folder(runs, preset, "mae-mixed", seed, 9)), images, masks)}
+    if "far-contextual" not in absent(get_preset(preset), sources):
+        found = contextual_attention(FAR.from_pretrained(model_folder(runs, preset, "far-contextual", seed, 9)), images, masks)
+        attentions |= {f"contextual,\n{place} FFC": weights for place, weights in found.items()}
     columns, grids = {"masked": _hidden(images, masks)}, []
     for title, (attention, masked) in attentions.items():
         grids.append(round(masked.shape[1] ** 0.5))
@@ -692,6 +695,8 @@ def figure_provenance(number: int, preset: str, seed: int = 0, sources: Sources 
               for what, there in (("pictures given: ", True), ("left out, as no pictures were given: ", False))}
     missing = absent(get_preset(preset), sources)
     others["left out, as no faces were given: "] = ", ".join(sheet.heading for sheet in SHEETS.get(number, ()) if not _possible(sheet, missing))
+    untrained = [title for sheet in SHEETS.get(number, ()) if _possible(sheet, missing) for title, name in sheet.columns.items() if name in missing and name not in given]
+    others["left out, as the preset does not train them: "] = ", ".join(title.replace("\n", " ") for title in untrained)
     return {**provenance(), "title": f"Figure {number}: {FIGURES[number].title}" if number in FIGURES else "", "preset": preset, "seed": seed,
             "runs": figure_runs(number, preset, seed, sources), "others": "; ".join(what + text for what, text in others.items() if text)}
 
@@ -730,6 +735,7 @@ def _collect_tables(runs: str | Path, preset: str, seeds: Sequence[int]) -> tupl
     "Tables that can be made, by number, and why the others cannot, by name."
     frames, missing = {}, {}
     for number in _TABLES:
+        if f"table{number}" not in parse_targets(None, get_preset(preset)): continue
         try: frames[number] = table(number, runs, preset, seeds)
         except FarError as error: missing[f"Table {number}"] = _without_paths(error, runs)
     return frames, missing
@@ -777,8 +783,11 @@ def write_index(figures: str | Path, runs: str | Path, preset: str, seeds: Seque
     sources = Sources(**read_json(plan).get("sources", {})) if plan.exists() else Sources()
     frames, missing = _collect_tables(runs, preset, seeds)
     drawn = [number for number in FIGURES if (figures / f"figure{number}.png").exists()]
-    missing |= {f"Figure {number}": _why_no_figure(number, runs, preset, seeds[0], sources) for number in FIGURES if number not in drawn}
-    data = sorted({_without_paths(name, runs) for frame in frames.values() for name in frame["dataset"].dropna()})
+    wanted = parse_targets(None, get_preset(preset))
+    missing |= {f"Figure {number}": _why_no_figure(number, runs, preset, seeds[0], sources)
+                for number in FIGURES if number not in drawn and f"figure{number}" in wanted}
+    left_out = [f"{target[:-1].capitalize()} {target[-1]}" for target in TARGETS if target not in wanted]
+    data = sorted({name for frame in frames.values() for name in frame["dataset"].dropna()})
     state = " with uncommitted changes" if commit["git_dirty"] else ""
     parts = [f"# Tables and figures of the preset {preset}",
              f"{purpose[0].upper()}{purpose[1:]}. Data: {', '.join(data) or 'none measured'}. "
@@ -790,6 +799,7 @@ def write_index(figures: str | Path, runs: str | Path, preset: str, seeds: Seque
              "## Tables", _rows("| table | files | runs |", [_table_line(number, frame, figures) for number, frame in frames.items()]),
              "## Figures", _rows("| figure | what it shows |", [_figure_line(number, figures, preset, seeds[0], sources) for number in drawn]),
              "## Missing", "\n".join(f"- {name}: {why}" for name, why in missing.items()) or "Nothing."]
+    if left_out: parts.append(f"This preset does not train what {_and(left_out)} show{'s' * (len(left_out) == 1)}.")
     if failed: parts += ["## Failed in the last call", "What stands on these was not made again: above it is missing, or from an earlier call.",
                          "\n".join(f"- {name}: see {_without_paths(notebook, runs)}" for name, notebook in failed.items())]
     with atomic_path(figures / "README.md") as temporary: temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

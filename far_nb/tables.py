@@ -204,6 +204,11 @@ def _results(number: int, runs: str | Path, preset: str, seeds: Sequence[int]) -
         yield row, results, None
 
 
+def _published(dataset: str | None) -> str | None:
+    "The name of a data set without the folders where somebody keeps it: tables are published."
+    return Path(dataset).name if dataset and Path(dataset).is_absolute() else dataset
+
+
 def table(number: int, runs: str | Path, preset: str, seeds: Sequence[int] = (0,)) -> pd.DataFrame:
     """Table `number` of the paper from `runs/<preset>/<experiment>-s<seed>/metrics.json`, in the columns of `COLUMNS`.
 
@@ -220,7 +225,7 @@ def table(number: int, runs: str | Path, preset: str, seeds: Sequence[int] = (0,
         metrics, per_image = _merged(results)
         seeds_here = [result["seed"] for result in results]
         common = {"seed": seeds_here[0] if len(seeds_here) == 1 else ", ".join(map(str, seeds_here)), "run": ", ".join(result["run"] for result in results)}
-        lines += _lines(number, row, metrics, {key: results[0].get(key) for key in ("preset", "dataset", "steps", "images")} | common)
+        lines += _lines(number, row, metrics, {key: results[0].get(key) for key in ("preset", "steps", "images")} | {"dataset": _published(results[0].get("dataset"))} | common)
         attrs["reasons"].update({line["metric"]: (line.get("reason") or "").replace(str(Path.home()), "~")      # tables are published
                                  for line in metrics if line["value"] is None})
         for key, values in per_image.items(): attrs["per_image"].setdefault(key, {})[row] = values

@@ -31,3 +31,9 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
     monkeypatch.delenv("FAR_NB_WEIGHTS", raising=False)
     monkeypatch.setattr("socket.socket.connect", lambda *a, **k: pytest.fail("tried the network"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    "What tests keep of shards stays theirs."
+    os.environ["FAR_NB_CACHE"] = str(tmp_path_factory.mktemp("cache"))

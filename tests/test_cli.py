@@ -14,7 +14,7 @@ import far_nb.cli as cli
 from far_nb.cli import Progress, app, main, parse_seeds, write_test_set
 from far_nb.core import FarError
 from far_nb.experiments import build_test_set, get_preset
-from far_nb.inpaint import get_method
+from far_nb.inpaint import get_method, read_deep, save_picture
 
 
 def refused(capsys, monkeypatch, *arguments: str) -> str:
@@ -118,6 +118,174 @@ def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(cli, "_write_pictures", lambda folder, *_: folder.mkdir(parents=True) or (_ for _ in ()).throw(OSError("disk full")))
     with pytest.raises(OSError): write_test_set(tmp_path / "set", "smoke")
     assert not list(tmp_path.iterdir())
+
+
+# ---- far inpaint
+
+@pytest.fixture
+def desk(tmp_path, monkeypatch):
+    "IMAGES/ with a.png, b.jpg and deep/c.png, MASKS/ with their masks, in the current folder."
+    monkeypatch.chdir(tmp_path)
+    generator, hole = np.random.default_rng(0), np.zeros((20, 30), np.uint8)
+    hole[5:12, 8:20] = 255
+    for name in ("a.png", "b.jpg", "deep/c.png"):
+        for folder in ("IMAGES", "MASKS"): (tmp_path / folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(generator.integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "IMAGES" / name, dpi=(300, 300), icc_profile=b"profile")
+        Image.fromarray(hole).save((tmp_path / "MASKS" / name).with_suffix(".png"))
+    return tmp_path
+
+
+def far(*arguments, code=0):
+    done = CliRunner().invoke(app, ["inpaint", *map(str, arguments), "-m", "telea"])
+    assert done.exit_code == code and (done.exception is None or isinstance(done.exception, SystemExit)), (done.output, done.exception)
+    return done
+
+
+def written(folder): return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*") if path.is_file())
+
+
+def test_a_folder_is_filled_by_name_and_once(desk):
+    assert "2 filled in OUT" in far("IMAGES", "MASKS", "-o", "OUT").stdout and written("OUT") == ["a.png", "b.jpg"]
+    before = Path("OUT/a.png").stat().st_mtime_ns
+    again = far("IMAGES", "MASKS", "-o", "OUT", "--recursive").stdout
+    assert "1 filled, 2 left as they were" in again and written("OUT") == ["a.png", "b.jpg", "deep/c.png"]
+    assert Path("OUT/a.png").stat().st_mtime_ns == before
+    assert "2 filled in" in far("IMAGES", "MASKS", "-o", "OUT", "--overwrite").stdout and Path("OUT/a.png").stat().st_mtime_ns > before
+    inside = np.asarray(Image.open("MASKS/a.png")) > 0
+    first, second = (np.asarray(Image.open(f"{folder}/a.png")) for folder in ("IMAGES", "OUT"))
+    assert np.array_equal(first[~inside], second[~inside]) and not np.array_equal(first[inside], second[inside])
+    for name in ("a.png", "b.jpg"):
+        info = Image.open(f"OUT/{name}").info
+        assert info["icc_profile"] == b"profile" and np.allclose(info["dpi"], 300, atol=0.1)
+
+
+def test_one_mask_for_all_and_masks_called_name_mask(desk):
+    assert "3 filled" in far("IMAGES", "MASKS/a.png", "-o", "OUT", "-r").stdout
+    Path("MASKS/a.png").rename("MASKS/a_mask.png"), Path("MASKS/b.png").unlink()
+    done = far("IMAGES", "MASKS", "-o", "OUT2", code=1)
+    assert "1 filled, 1 failed" in done.stdout and written("OUT2") == ["a.png"]
+    line, = done.stderr.strip().splitlines()
+    assert line.startswith("far: IMAGES/b.jpg: no masks called 'b'")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_bad_picture_stops_nothing(desk, batch):
+    Path("IMAGES/a.png").write_bytes(Path("IMAGES/a.png").read_bytes()[:300])
+    Image.new("L", (30, 20), 255).save("MASKS/deep/c.png")
+    done = far("IMAGES", "MASKS", "-o", "OUT", "-r", "--batch", batch, code=1)
+    assert "1 filled, 2 failed" in done.stdout and written("OUT") == ["b.jpg"]
+    first, second = done.stderr.strip().splitlines()
+    assert "IMAGES/a.png: damaged" in first and "covers all of IMAGES/deep/c.png" in second
+
+
+def test_the_hole_can_be_in_the_picture(desk):
+    hole = np.asarray(Image.open("MASKS/a.png")) > 0
+    erased, painted = Image.open("IMAGES/a.png").convert("RGBA"), np.array(Image.open("IMAGES/a.png"))
+    erased.putalpha(Image.fromarray((~hole * 255).astype(np.uint8))), erased.save("erased.png")
+    painted[hole] = (255, 0, 250)
+    Image.fromarray(painted).save("painted.png")
+    assert far("erased.png", "-o", "1.png", "--mask-alpha").stdout.strip() == "1.png"
+    far("painted.png", "-o", "2.png", "--mask-color", "#ff00ff")
+    expected = np.asarray(Image.open(far("IMAGES/a.png", "MASKS/a.png", "-o", "3.png").stdout.strip()))
+    for name in ("1.png", "2.png"): assert np.array_equal(np.asarray(Image.open(name).convert("RGB")), expected)
+    assert "no pixel has the colour" in far("painted.png", "-o", "4.png", "--mask-color", "#00ff00", code=1).stderr
+    assert "no transparency" in far("painted.png", "-o", "4.png", "--mask-alpha", code=1).stderr and not Path("4.png").exists()
+    far("IMAGES/a.png", "MASKS/a.png", "-o", "5.png", "--invert")
+    assert not np.array_equal(np.asarray(Image.open("5.png")), expected)
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["IMAGES/a.png", "-o", "x.png"], "give one mask"), (["IMAGES/a.png", "MASKS/a.png", "--mask-alpha", "-o", "x.png"], "give one mask"),
+    (["IMAGES/a.png", "-o", "x.png", "--mask-color", "pinkish"], "pinkish"), (["IMAGES/a.png", "-o", "x.png", "--mask-color", "red", "--tolerance", "300"], "300"),
+    (["IMAGES/none.png", "MASKS/a.png", "-o", "x.png"], "IMAGES/none.png"), (["IMAGES/a.png", "MASKS/none.png", "-o", "x.png"], "MASKS/none.png"),
+    (["IMAGES/a.png", "MASKS/a.png", "-o", "x.doc"], "x.doc"), (["IMAGES", "MASKS", "-o", "x.png"], "must be one too"), (["IMAGES", "MASKS", "-o", "MASKS"], "is a mask"),
+    (["IMAGES/a.png", "MASKS/a.png", "-o", "IMAGES/a.png"], "the picture itself"), (["IMAGES", "MASKS", "-o", "IMAGES"], "the picture itself"),
+    (["IMAGES/a.png", "MASKS/a.png", "-o", "MASKS/a.png", "--overwrite"], "is a mask"), (["IMAGES", "MASKS", "-o", "x", "--format", "exe"], "exe"),
+    (["IMAGES/a.png", "MASKS/a.png", "-o", "x.png", "-m", "criminisi"], "criminisi"), (["IMAGES/a.png", "MASKS/a.png", "-o", "x.png", "-m", "far:no/model", "--device", "banana"], "banana|no/model"),
+    (["IMAGES/a.png", "MASKS/a.png", "-o", "x.png", "-m", "telea", "--max-side", "3"], "max_side"), (["MASKS/deep", "-o", "x", "--mask-alpha", "--format", "doc"], "doc")])
+def test_a_wrong_call_is_one_line_and_code_2(desk, capsys, monkeypatch, arguments, said):
+    before = {path: (desk / path).read_bytes() for path in written(desk)}
+    line = refused(capsys, monkeypatch, "inpaint", *arguments, *([] if "-m" in arguments else ["-m", "telea"]))
+    assert any(word in line for word in said.split("|")) and {path: (desk / path).read_bytes() for path in written(desk)} == before
+
+
+def test_the_input_is_replaced_when_asked_and_two_results_never_share_a_name(desk, capsys, monkeypatch):
+    far("IMAGES/a.png", "MASKS/a.png", "-o", "IMAGES/a.png", "--overwrite")
+    Image.open("IMAGES/b.jpg").save("IMAGES/a.jpg")
+    assert "would both become" in refused(capsys, monkeypatch, "inpaint", "IMAGES", "MASKS", "-o", "OUT", "--format", "png", "-m", "telea")
+    assert "--recursive" in refused(capsys, monkeypatch, "inpaint", Path("IMAGES/deep").parent.parent / ".", "MASKS/a.png", "-o", "OUT", "-m", "telea")
+
+
+def test_formats_hold_what_they_can(desk):
+    deep, hole = Image.fromarray(np.random.default_rng(0).integers(0, 65536, (20, 30)).astype(np.uint16)), np.asarray(Image.open("MASKS/a.png")) > 0
+    deep.save("deep.png"), Image.open("IMAGES/a.png").convert("CMYK").save("press.tif", icc_profile=b"press")
+    turned = Image.Exif()
+    turned[0x0112], turned[0x010F] = 6, "Maker"
+    Image.open("IMAGES/a.png").rotate(90, expand=True).save("phone.jpg", exif=turned, quality=100)
+    far("deep.png", "MASKS/a.png", "-o", "deep out.tif"), far("press.tif", "MASKS/a.png", "-o", "press out.tif"), far("press.tif", "MASKS/a.png", "-o", "press out.png")
+    far("phone.jpg", "MASKS/a.png", "-o", "phone out.jpg"), far("IMAGES/a.png", "MASKS/a.png", "-o", "a.webp"), far("IMAGES/a.png", "MASKS/a.png", "-o", "small.webp", "--quality", 50)
+    assert np.array_equal(np.asarray(Image.open("deep out.tif"))[~hole], np.asarray(deep)[~hole])
+    press = Image.open("press out.tif")
+    assert press.mode == "CMYK" and press.info["icc_profile"] == b"press" and "icc_profile" not in Image.open("press out.png").info
+    phone = Image.open("phone out.jpg")
+    assert phone.size == (30, 20) and phone.getexif().get(0x0112, 1) == 1 and phone.getexif()[0x010F] == "Maker"
+    assert np.array_equal(np.asarray(Image.open("a.webp"))[~hole], np.asarray(Image.open("IMAGES/a.png"))[~hole])
+    assert Path("small.webp").stat().st_size < Path("a.webp").stat().st_size
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_sixteen_bits_per_colour_stay_sixteen(desk, channels):
+    values, hole = np.random.default_rng(0).integers(0, 65536, (20, 30, channels)).astype(np.uint16), np.asarray(Image.open("MASKS/a.png")) > 0
+    save_picture(values, "deep.png", info={"icc_profile": b"wide", "dpi": (300, 300)})
+    assert np.array_equal(read_deep("deep.png"), values) and Image.open("deep.png").info["icc_profile"] == b"wide"
+    for name in ("out.png", "out.tif"):
+        far("deep.png", "MASKS/a.png", "-o", name)
+        result, info = read_deep(name), Image.open(name).info
+        assert np.array_equal(result[~hole], values[~hole]) and not np.array_equal(result[hole], values[hole]), name
+        assert info["icc_profile"] == b"wide" and np.allclose([float(value) for value in info["dpi"]], 300, atol=0.1)
+    far("deep.png", "MASKS/a.png", "-o", "out.jpg"), far("out.tif", "MASKS/a.png", "-o", "again.webp")
+    assert Image.open("out.jpg").info["icc_profile"] == b"wide" and Image.open("again.webp").mode == ("RGB" if channels == 3 else "RGBA")
+    Path("torn.png").write_bytes(Path("deep.png").read_bytes()[:900])
+    assert "torn.png: damaged" in far("torn.png", "MASKS/a.png", "-o", "torn out.png", code=1).stderr and not Path("torn out.png").exists()
+    assert read_deep("IMAGES/a.png") is None and read_deep("none.png") is None
+
+
+def test_a_full_disk_leaves_nothing_and_is_one_line(desk, monkeypatch):
+    monkeypatch.setattr(Image.Image, "save", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    done = far("IMAGES", "MASKS", "-o", "OUT", code=1)
+    assert done.stderr.count("No space left on device") == 2 and written("OUT") == []
+
+
+# ---- far evaluate FILLED/ TRUE/
+
+def measured(*arguments):
+    done = CliRunner().invoke(app, ["evaluate", *map(str, arguments), "--json"])
+    assert done.exit_code == 0, (done.output, done.exception)
+    return json.loads(done.stdout)
+
+
+def test_two_folders_are_compared_by_name(tmp_path, capsys, monkeypatch):
+    generator, hole = np.random.default_rng(0), np.zeros((40, 48), np.uint8)
+    hole[5:12, 8:20] = 255
+    for folder in ("true", "filled", "masks"): (tmp_path / folder).mkdir()
+    for name in "abc":
+        true = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        Image.fromarray(true).save(tmp_path / f"true/{name}.png"), Image.fromarray(np.clip(true.astype(int) + 3, 0, 255).astype(np.uint8)).save(tmp_path / f"filled/{name}.png")
+        Image.fromarray(hole).save(tmp_path / f"masks/{name}.png")
+    value = lambda metrics, metric, protocol="standard": next(entry["value"] for entry in metrics["metrics"] if (entry["metric"], entry["protocol"]) == (metric, protocol))
+    whole = measured(tmp_path / "filled", tmp_path / "true")
+    assert whole["images"] == 3 and abs(value(whole, "PSNR") - 20 * np.log10(255 / 3)) < 0.1 and abs(value(whole, "PSNR", "paper") - value(whole, "PSNR") - 1) < 0.05
+    inside = measured(tmp_path / "filled", tmp_path / "true", "--masks", tmp_path / "masks", "--protocol", "standard")
+    assert {entry["protocol"] for entry in inside["metrics"]} == {"standard"}
+    assert abs(value(inside, "PSNR") - value(whole, "PSNR") - 10 * np.log10(40 * 48 / (7 * 12))) < 0.2
+    Image.new("RGB", (64, 52)).save(tmp_path / "true/d.png"), Image.new("RGB", (64, 52), (3, 3, 3)).save(tmp_path / "filled/d.png")
+    mixed = measured(f"folder:{tmp_path / 'filled'}", tmp_path / "true")
+    assert mixed["images"] == 4 and len(mixed["per_image"]["PSNR/standard"]) == 4 and value(mixed, "FID (lite0)") is None
+    assert any("2 sizes" in (entry["reason"] or "") for entry in mixed["metrics"])
+    (tmp_path / "filled/b.png").unlink()
+    assert "no pictures called 'b'" in refused(capsys, monkeypatch, "evaluate", tmp_path / "filled", tmp_path / "true")
+    assert "--masks" in refused(capsys, monkeypatch, "evaluate", "telea", "--masks", tmp_path / "masks")
+    assert "protocol" in refused(capsys, monkeypatch, "evaluate", "telea", "--protocol", "mine")
 
 
 @pytest.mark.parametrize("command", [[], ["reproduce"], ["inpaint"], ["evaluate"], ["data"], ["data", "test"]])

@@ -22,6 +22,7 @@ from typer.testing import CliRunner
 from far_nb.cli import app as far
 from far_nb.core import FarError
 from far_nb.data import ImageFolder, open_images, open_masks, read_mask, verify
+from far_nb.shards import _Journal
 
 SCRIPTS = Path(__file__).parents[1] / "data_scripts"
 NAMES = ("places2", "ffhq", "coco_masks", "brush_masks", "test_masks", "sample_set")
@@ -446,8 +447,8 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path):
 
 
 def test_two_runs_do_not_write_one_folder(tmp_path):
-    journal = common.Journal(tmp_path / "out", {})
-    with pytest.raises(FarError, match="another run"): common.Journal(tmp_path / "out", {})
+    journal = _Journal(tmp_path / "out", {})
+    with pytest.raises(FarError, match="another run"): _Journal(tmp_path / "out", {})
     journal.close()
 
 

@@ -76,6 +76,17 @@ def test_only_accepts_spaces_and_repeats():
     assert parse_targets(None) == list(TARGETS)
 
 
+def test_a_preset_may_train_a_few_networks_only():
+    photos = get_preset("tiny-photos")
+    plan = make_plan(photos, data="sample-scenes")
+    trained = {name.removesuffix("-s0") for name, run in plan["runs"].items() if run["kind"] in ("mae", "far", "hr")}
+    assert trained == set(photos.trains) and set(plan["targets"]) == set(photos.targets) == set(parse_targets(None, photos))
+    for run in plan["runs"].values(): assert set(run["needs"]) <= set(plan["runs"])                    # nothing stands on what is not trained
+    assert plan["targets"]["table4"] == ["far-alpha0-s0/metrics.json", "far-s0/metrics.json"]
+    assert plan["absent"]["far-contextual"] == "the preset tiny-photos does not train it" and "telea-scenes" not in plan["absent"]
+    with pytest.raises(FarError, match="does not train what table1 shows: choose from table3"): parse_targets("table1", photos)
+
+
 def test_the_paper_preset_is_the_papers():
     of = lambda name: train_config(PAPER, get_experiment(name))
     mae, far, faces = of("mae-mixed"), PAPER.far_train, of("far-faces")

@@ -13,7 +13,7 @@ from PIL import Image
 from far_nb import figures
 from far_nb.acr import ACR
 from far_nb.core import FarError
-from far_nb.experiments import EXPERIMENTS, Sources, build_far, build_mae, get_experiment, get_preset, resolve, run_folder, run_name
+from far_nb.experiments import EXPERIMENTS, PRESETS, Sources, build_far, build_mae, get_experiment, get_preset, resolve, run_folder, run_name
 from far_nb.far import FAR
 from far_nb.figures import FIGURES, SHEETS, attention_colours, figure_provenance, palette, picture_sheet, save_figure, write_index
 from far_nb.mae import MAE
@@ -77,6 +77,20 @@ def test_a_prediction_is_pasted_into_the_hole_of_the_original(trained, monkeypat
         for axis, value in zip(row[1:4], greys.values()): np.testing.assert_allclose(picture(axis), image * (1 - mask) + value * mask, atol=1e-6)   # float32
         np.testing.assert_array_equal(picture(row[4]), image)
         assert (picture(row[0])[mask[..., 0] == 1] == np.float32(figures._GREY)).all()
+
+
+def test_networks_that_a_preset_does_not_train_are_left_out(trained, tmp_path, monkeypatch):
+    monkeypatch.setitem(PRESETS, "smoke", replace(SMOKE, trains=("mae-mixed", "lama", "far-alpha0", "far")))
+    assert titles(FIGURES[4].draw(trained, "smoke")) == ["masked", "MAE", "FAR", "original"]
+    about = figure_provenance(4, "smoke")
+    assert about["runs"] == ["mae-mixed-s0", "far-s0"] and about["others"].endswith("left out, as the preset does not train them: MAE, partial fine-tuning, FAR on the fine-tuned MAE")
+    assert titles(FIGURES[9].draw(trained, "smoke")) == 2 * ["masked", "MAE"] and figure_provenance(9, "smoke")["runs"] == ["mae-mixed-s0"]
+    for name in ("lama", "far-alpha0"):
+        folder = run_folder(tmp_path, "smoke", name, 0)
+        folder.mkdir(parents=True)
+        (folder / "eval.csv").write_text("step,psnr,fid_lite0,lpips_lite0\n1,10,3,0.5\n2,11,2,0.4\n")
+        (folder / "log.csv").write_text("step,alpha1,alpha2,alpha3,alpha4\n1,0,0,0,0\n2,0.1,0.1,0.1,0.1\n")
+    assert [line.get_label() for line in FIGURES[5].draw(tmp_path, "smoke").subfigs[0].axes[0].lines] == ["LaMa", "+0"]
 
 
 @pytest.mark.parametrize("number", [*SHEETS, 9])
@@ -338,7 +352,7 @@ def test_the_index_says_what_reproduced_what_there_is_and_what_is_missing(tables
     assert "[md](table4.md) [csv](table4.csv) [tex](table4.tex) | far-s0, lama-s0 |" in text and "| not written | far-s0, far-s1 |" in text
     assert '<a href="figure3.pdf"><img src="figure3.png" width="300"' in text and text.count("<img") == 1
     assert "- Table 2: table 2 needs the run 'hr-s0', and runs/smoke/hr-s0 does not exist" in text
-    assert "- Figure 9: needs far-contextual-s0, which did not finish; run far reproduce --preset smoke --only figure9" in text
+    assert "- Figure 9: needs mae-mixed-s0 and far-contextual-s0, which did not finish; run far reproduce --preset smoke --only figure9" in text
     assert [line.split(":")[0] for line in text.splitlines() if line.startswith("- Figure")] == [f"- Figure {n}" for n in (1, 2, 4, 5, 6, 7, 8, 9)]
 
 

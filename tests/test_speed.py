@@ -13,7 +13,7 @@ from far_nb.core import FarError
 from far_nb.discriminator import PatchDiscriminator
 from far_nb.far import FAR
 from far_nb.mae import MAE, MAEConfig
-from far_nb.speed import Timing, inference, measure, measure_far, peak_memory, training_step
+from far_nb.speed import Timing, compare, inference, measure, measure_far, peak_memory, training_step
 from far_nb.training import TrainConfig, train_far
 from test_training import dataset
 
@@ -94,6 +94,23 @@ def test_garbage_is_not_collected_while_the_clock_runs():
 
 def test_nothing_to_repeat():
     with pytest.raises(FarError, match="0 repeats: give at least 1"): measure({}, repeats=0)
+
+
+def test_compare_looks_at_the_results_first():
+    ones = torch.ones(3)
+    found = compare(lambda: [ones, 2 * ones], lambda: [ones, 2 * ones + 2e-3], tolerance=1e-2, repeats=2, warmup=0)
+    assert found["difference"] == pytest.approx(1e-3, rel=1e-3) and found["low"] <= found["times"] <= found["high"]
+    with pytest.raises(FarError, match="differ by 0.001.* more than 0.0001"): compare(lambda: ones, lambda: ones + 1e-3, tolerance=1e-4)
+    with pytest.raises(FarError, match="differ by nan"): compare(lambda: ones, lambda: ones * float("nan"), tolerance=1e-4)
+    with pytest.raises(FarError, match=r"other shapes: \[\(3,\)\] and \[\(1, 3\)\]"): compare(lambda: ones, lambda: ones[None])
+
+
+def test_compare_divides_naive_by_ours(clock):
+    result = torch.ones(1)
+    timed = lambda name, *durations: (lambda takes: lambda: (takes(), result)[1])(clock.takes(name, *durations))
+    found = compare(timed("naive", 0, 6, 60, 8), timed("ours", 0, 2, 20, 2), repeats=3, warmup=0)
+    assert "".join(name[0] for name in clock.calls) == "no" "nonono"                # the look at the results, then in turns
+    assert (found["naive_s"], found["ours_s"], found["times"], found["difference"]) == (8, 2, 3, 0)
 
 
 def test_peak_memory_counts_what_is_held_at_one_time():
