@@ -1,4 +1,4 @@
-"""Sphinx: an HTML site of the executed notebooks and the docstrings. `sphinx-build -c docs . _docs` in the root of the checkout."""
+"""Sphinx: an HTML site of the executed notebooks and the docstrings. `sphinx-build -c docs . _docs/html` in the root of the checkout."""
 import json
 import re
 import tomllib
@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parent.parent
 project, author = "far_nb", "the far_nb authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
 root_doc = "docs/index"
-include_patterns = ["README.md", "docs/*.md", "nbs/*.ipynb", "nbs/paper/*.ipynb", "figures/*/README.md"]
+include_patterns = ["README.md", "docs/*.md", "nbs/*.ipynb", "nbs/paper/*.ipynb", "figures/*/*.md"]
 exclude_patterns = ["_docs", ".*", "runs", "build", "dist", "tests", "**/.ipynb_checkpoints"]
 html_theme, html_title = "furo", "far_nb"
 
@@ -17,7 +17,7 @@ nb_execution_mode = "off"                        # the outputs are in the notebo
 nb_render_markdown_format = "myst"
 myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
-suppress_warnings = ["myst.header"]              # a page may begin below the first level
+suppress_warnings = ["myst.header", "toc.not_included"]      # a page may begin below the first level; a table belongs to its index
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
@@ -29,12 +29,19 @@ def modules() -> list[str]:
     return contract["layers"][::-1]
 
 
+def slug(heading: str) -> str:
+    "GitHub's anchor of a heading, in which Jupyter has put dashes for spaces."
+    return re.sub(r"[^\w-]", "", heading.lower())
+
+
 def without_directives(notebook: str) -> str:
-    "A notebook as readers want it: no hidden cells, no nbdev directives."
+    "A notebook as readers want it: no hidden cells, no nbdev directives, links to headings that lead there."
     content = json.loads(notebook)
     content["cells"] = [cell for cell in content["cells"] if not re.match(r"#\| (hide|default_exp)", "".join(cell["source"]))]
     for cell in content["cells"]:
         cell["source"] = re.sub(r"\A(#\|.*\n?)+", "", "".join(cell["source"]))
+        if cell.get("cell_type") == "markdown":              # Jupyter's anchors are the headings as they are, MyST's are GitHub's
+            cell["source"] = re.sub(r"\]\((?!http)([^)\s#]*)#([^)]+)\)", lambda link: f"]({link[1]}#{slug(link[2])})", cell["source"])
     return json.dumps(content)
 
 
