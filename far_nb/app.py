@@ -144,7 +144,8 @@ class Painter:
         result = inpaint(picture, hole, at_most(self.method, side))
         seconds = time.perf_counter() - start
         self.last = self.keep(result, f"{Path(file).stem}-filled")
-        return Filled(self.last, f"Filled {hole.mean():.1%} of {picture.width}×{picture.height} pixels with {self.method.name} in {seconds:.1f} s. All others are unchanged.")
+        what = f"{hole.mean():.1%} of {picture.width}×{picture.height} pixels"
+        return Filled(self.last, f"Filled {what} with {self.method.name} in {seconds:.1f} s. All others are unchanged.")
 
     def _same(self, picture: Image.Image, background: np.ndarray) -> None:
         shown, sent = np.asarray(background)[..., :3].astype(int), np.asarray(_canvas(picture, self.limits.canvas))
@@ -163,6 +164,11 @@ _STYLE = """
 #message {min-height: 1.6em}
 #samples .grid-wrap {overflow: hidden}
 """
+_CENTRE = """() => {
+    const editor = document.getElementById("editor");                      // Gradio fits the picture when the editor's width changes,
+    setTimeout(() => { editor.style.maxWidth = "98%"; }, 500);              // and on a busy machine it does so too early
+    setTimeout(() => { editor.style.maxWidth = ""; }, 1000);
+}"""
 _INTRODUCTION = "# Fill a hole in a picture\nPaint over what should go, press **Fill**, and download the picture in its full size."
 
 
@@ -187,10 +193,11 @@ class _Handlers:
 
     def sample(self, event: Any) -> tuple: return self.show(self.painter.samples[event.index])
 
-    def again(self, path: str | None) -> Any:
-        "The picture without paint, after the canvas was cleared."
-        try: return self._value(self.painter.canvas(path)) if path else self.gr.skip()
-        except FarError: return self.gr.skip()
+    def again(self, path: str | None) -> tuple:
+        "The picture without paint, after the canvas was cleared: editor, message."
+        if not path: return self.gr.skip(), self.gr.skip()
+        _, value, _, _, message = self.show(path)
+        return value, message
 
     def fill(self, path: str | None, value: dict[str, Any] | None, side: float) -> tuple:
         "Result, download, message."
@@ -223,13 +230,14 @@ def build(painter: Painter, first: str | os.PathLike | None = None) -> Any:
         gallery = gr.Gallery([str(each) for each in painter.samples], label="Sample photographs", columns=6, rows=1, height=150, allow_preview=False,
                              object_fit="cover", elem_id="samples", buttons=[], interactive=False)
         with gr.Accordion("Options", open=False):
-            side = gr.Slider(256, 2048, value=1024, step=128, label="Max side (pixels)", info="A larger picture is filled at this size, and only its hole is scaled back.")
+            side = gr.Slider(256, 2048, value=1024, step=128, label="Max side (pixels)",
+                             info="A larger picture is filled at this size, and only its hole is scaled back.")
         everything = [file, editor, result, download, message]
         def sample(event: gr.SelectData): return handlers.sample(event)      # Gradio goes by the annotation
-        page.load(lambda: handlers.show(first or painter.samples[0]), None, everything, **private)
+        page.load(lambda: handlers.show(first or painter.samples[0]), None, everything, **private).then(None, js=_CENTRE)
         gallery.select(sample, None, everything, **private)
         upload.upload(handlers.show, upload, everything, **private)
-        editor.clear(handlers.again, file, editor, **private)
+        editor.clear(handlers.again, file, [editor, message], **private)
         button.click(handlers.fill, [file, editor, side], [result, download, message], concurrency_limit=1, **private)
     return page.queue(max_size=limits.waiting, api_open=False)
 
@@ -272,7 +280,7 @@ def _settled(record: logging.LogRecord) -> bool:
 def _quarters() -> Iterator[Path]:
     "A folder for everything temporary, and Gradio's settings for it; afterwards both are as before."
     folder = Path(tempfile.mkdtemp(prefix="far-app-")).resolve()
-    settings = {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ALLOWED_PATHS": "", "GRADIO_SHARE": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    settings = {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_ALLOWED_PATHS": "", "HF_HUB_DISABLE_TELEMETRY": "1"}
     before = {name: os.environ.get(name) for name in settings}
     os.environ.update(settings)
     logging.getLogger("uvicorn.error").addFilter(_settled)
@@ -298,11 +306,14 @@ class Page:
             method = app_method(model)
             self.painter = Painter(method, self._kept.enter_context(_quarters()), limits)
             if isinstance(image, Image.Image): image = self.painter.keep(image, "picture")
-            elif image is not None: image = shutil.copy(read_upload(image, limits) and image, self.painter.keep(Image.new("1", (1, 1)), "own").parent)
+            elif image is not None:
+                read_upload(image, limits)
+                image = shutil.copy(image, self._kept.enter_context(tempfile.TemporaryDirectory(dir=self.painter.folder)))
             blocks = build(self.painter, image)
             self._kept.callback(blocks.close, verbose=False)
             try: blocks.launch(**launch_options(host, port, share, limits) | gradio)
-            except (OSError, OverflowError, ValueError) as error: raise FarError(f"cannot serve at {host}:{port or 'any port'} ({error}): choose another --port or --host") from None
+            except (OSError, OverflowError, ValueError) as error:
+                raise FarError(f"cannot serve at {host}:{port or 'any port'} ({error}): choose another --port or --host") from None
             self.url, self.share_url = blocks.local_url, blocks.share_url
             self._kept = self._kept.pop_all()
         atexit.register(self.close)

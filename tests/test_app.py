@@ -254,8 +254,11 @@ def far_app(folder, *arguments):
         process = subprocess.Popen([sys.executable, "-c", "from far_nb.cli import main; main()", "app", "--port", str(port), *arguments], cwd=folder / "here",
                                    env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         try:
-            line = next((line for line in process.stdout if "http://" in line), None)
-            assert line, f"far app ended with {process.wait()}"
+            said = []
+            for line in process.stdout:
+                said.append(line)
+                if "http://" in line: break
+            else: pytest.fail(f"far app ended with {process.wait()}: {''.join(said)}")
             yield re.search(r"http://\S+", line)[0], process, folder / "temporary"
             outside.setblocking(False)
             with pytest.raises(BlockingIOError): outside.accept()               # nobody asked for anything beyond this machine
@@ -267,13 +270,15 @@ def far_app(folder, *arguments):
 class Visitor:
     "What somebody does on the page."
 
-    def __init__(self, page): self.page, self.fills = page, 0
+    def __init__(self, page): self.page = page
 
     def message(self, pattern):
-        self.page.wait_for_function("pattern => new RegExp(pattern).test(document.querySelector('#message')?.innerText || '')", arg=pattern)
+        try: self.page.wait_for_function("pattern => new RegExp(pattern).test(document.querySelector('#message')?.innerText || '')", arg=pattern)
+        except Exception: pytest.fail(f"waited for {pattern!r}, the page says {self.page.inner_text('#message')!r}")
 
     def upload(self, file, pattern):
-        self.page.set_input_files("#upload input[type=file], input#upload, #upload ~ input[type=file]", file)
+        with self.page.expect_file_chooser() as chooser: self.page.click("#upload")
+        chooser.value.set_files(file)
         self.message(pattern)
         self.page.wait_for_timeout(1000)                                        # until the canvas has its new size
 
@@ -289,10 +294,19 @@ class Visitor:
         self.page.mouse.up()
         self.page.wait_for_timeout(300)
 
+    def picture(self, name):
+        "For people: FAR_NB_APP_PICTURES=FOLDER keeps screenshots."
+        if folder := os.environ.get("FAR_NB_APP_PICTURES"): self.page.screenshot(path=Path(folder) / f"{name}.png", full_page=True)
+
     def fill(self, pattern):
-        self.page.evaluate("document.querySelector('#message').querySelectorAll('p').forEach(p => p.textContent = '')")
         self.page.click("#fill")
         self.message(pattern)
+
+
+def painted(temporary, size):
+    "The hole in the layer that the browser sent last."
+    layer = max(temporary.glob("far-app-*/*/layer_0.png"), key=lambda path: path.stat().st_mtime_ns)
+    return mask_from_layers([np.asarray(Image.open(layer))], size)
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason=f"no Chromium found ({', '.join(_NAMES)}, or FAR_NB_CHROMIUM): apt-get install chromium")
@@ -307,21 +321,23 @@ def test_in_a_browser_only_what_is_painted_over_changes(gradio, tmp_path):
     with far_app(tmp_path, "--model", str(tmp_path / "model")) as (address, process, temporary), playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--disable-gpu", "--disable-dev-shm-usage"])
         page = browser.new_page(viewport={"width": 1280, "height": 900})
-        page.set_default_timeout(120_000)
+        page.set_default_timeout(90_000)
         page.on("request", lambda request: requests.append(request.url))
         page.on("console", lambda line: complaints.append(line.text) if line.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         visitor = Visitor(page)
         page.goto(address)
         visitor.message("640×427")                                              # the first sample photograph is on the canvas
+        visitor.picture("begin")
         visitor.upload(tmp_path / "letter.png", "letter.png is not a picture")
         visitor.upload(tmp_path / "holiday.png", "holiday.png: 1300×900")
 
         visitor.stroke()
+        visitor.picture("painted")
         visitor.fill("Filled .* 1300×900")
+        visitor.picture("result")
         with page.expect_download() as download: page.click("#download")
-        layer = max(temporary.glob("far-app-*/*/layer_0.png"), key=lambda path: path.stat().st_mtime_ns)      # what the browser sent
-        hole = mask_from_layers([np.asarray(Image.open(layer))], (1300, 900))
+        hole = painted(temporary, (1300, 900))
         before, after = np.asarray(Image.open(tmp_path / "holiday.png")), np.asarray(Image.open(download.value.path()))
         changed = (before != after).any(-1)
         ys, xs = np.nonzero(hole)
@@ -331,15 +347,21 @@ def test_in_a_browser_only_what_is_painted_over_changes(gradio, tmp_path):
 
         visitor.tool("Undo")
         visitor.fill("nothing is painted")
-        visitor.tool("Brush"); visitor.stroke()
+        visitor.upload(tmp_path / "holiday.png", "holiday.png: 1300×900")
+        visitor.stroke()
         visitor.tool("Erase"); visitor.stroke()
-        visitor.fill("nothing is painted")
+        visitor.fill("nothing is painted|Filled")                               # crumbs may stay at the rim
+        assert painted(temporary, (1300, 900)).sum() < 0.2 * hole.sum()
         visitor.tool("Clear canvas")                                            # takes the paint away and leaves the picture
-        page.wait_for_timeout(1500)
+        visitor.message("holiday.png: 1300×900")
+        page.wait_for_timeout(1000)
         visitor.tool("Brush"); visitor.stroke()
         visitor.fill("Filled .* 1300×900")
         page.locator("#samples button").nth(1).click()
         visitor.message("coffee")
+        page.set_viewport_size({"width": 800, "height": 900})
+        page.emulate_media(color_scheme="dark")
+        visitor.picture("narrow-dark")
 
         assert not {url.split("/")[2] for url in requests if url.startswith("http")} - {address.split("/")[2]}
         assert not complaints
