@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STAGES', 'GPUS', 'Account', 'visible_tokens', 'Networks', 'networks_of', 'network_cost', 'StepCost', 'step_cost',
-           'largest_batch', 'GPU', 'training_hours', 'matmul_rate']
+           'largest_batch', 'GPU', 'training_hours']
 
 # %% ../nbs/15c_cost.ipynb #23d7ad76
 import math, weakref
@@ -31,7 +31,6 @@ from .losses import LossWeights, discriminator_loss, generator_loss
 from .mae import MAE, Priors, decoder_layer
 from .masks import MaskSampler, patch_mask
 from .perceptual import HRFLoss, perceptual_loss
-from .speed import measure
 from .training import TrainConfig, hr_sizes
 
 # %% ../nbs/15c_cost.ipynb #4d1a5c2c
@@ -279,9 +278,10 @@ GPUS = {"A6000": GPU("RTX A6000", 48, 38.7, 77.4, 154.8, "NVIDIA, Ampere GA102 w
         "H200": GPU("H200 SXM", 141, 67, 494.7, 989.4, "NVIDIA H200 data sheet, halved where it counts sparsity")}
 
 
-def _sweep_flops(preset: Any, config: TrainConfig) -> float:
+def _sweep_flops(preset: Any) -> float:
     "Mean FLOPs of a step over the sizes of fine-tuning: a straight line in the area through the two ends."
-    low, high = (step_cost(preset, "hr", size=size).total for size in (preset.image_size, preset.hr_size))
+    far, high = step_cost(preset, "far"), step_cost(preset, "hr").total            # at the lowest size the network is that of FAR's training
+    low = far.total / far.batch * preset.hr_train.batch_size
     areas = [size ** 2 for size in hr_sizes(preset.image_size, preset.hr_size, preset.hr_step)]
     return float(np.interp(areas, [preset.image_size ** 2, preset.hr_size ** 2], [low, high]).mean())
 
@@ -297,14 +297,8 @@ def training_hours(preset: Any, *, flops_per_s: float | None = None, images_per_
     configs = configs or {stage: (stage, getattr(preset, field)) for stage, field in STAGES.items()}
     lines = {}
     for name, (stage, config) in configs.items():
-        each = _sweep_flops(preset, config) / preset.hr_train.batch_size if stage == "hr" else step_cost(preset, stage).total / step_cost(preset, stage).batch
+        each = _sweep_flops(preset) / preset.hr_train.batch_size if stage == "hr" else step_cost(preset, stage).total / step_cost(preset, stage).batch
         pictures = config.steps * config.batch_size
         seconds = pictures * each / flops_per_s if flops_per_s else pictures / images_per_s[stage]
         lines[name] = {"steps": config.steps, "pictures": pictures, "flops": pictures * each, "hours": seconds / 3600 / gpus}
     return lines
-
-# %% ../nbs/15c_cost.ipynb #2f652eec
-def matmul_rate(device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32, side: int = 1024, repeats: int = 5) -> float:
-    "FLOP/s of this machine in square matrix products of `side`: the median of `repeats`; what its networks could reach at best."
-    one = torch.randn(side, side, device=device, dtype=dtype)
-    return 2 * side ** 3 / measure({"product": lambda: one @ one}, repeats=repeats, warmup=2)["product"].median

@@ -84,6 +84,11 @@ def test_rounds_go_on_until_the_time_is_up(clock):
     assert timings["a"].repeats == timings["b"].repeats == 4      # 12 s; after three rounds it was 9
 
 
+def test_another_clock_is_asked_instead():
+    ticks = iter(range(99))
+    assert measure({"a": lambda: None}, repeats=3, warmup=0, clock=lambda: next(ticks)) == {"a": Timing((1, 1, 1))}
+
+
 def test_garbage_is_not_collected_while_the_clock_runs():
     states = []
     measure({"a": lambda: states.append(gc.isenabled())}, repeats=2, warmup=1)
