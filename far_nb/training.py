@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TrainConfig', 'lr_factor', 'TrainingStopped', 'one_voice', 'pretrain_mae', 'train_far', 'hr_sizes', 'finetune_hr']
 
-
+# %% ../nbs/14_training.ipynb #3f4cde52
 import csv, errno, json, math, os, random, re, shutil, signal, socket, sys, threading, time, warnings, zipfile, zlib
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -39,8 +39,7 @@ from .losses import LossWeights, discriminator_loss, generator_loss
 from .mae import MAE, pretraining_pixels
 from .masks import mae_mask, patch_mask
 
-
-
+# %% ../nbs/14_training.ipynb #2690ccdf
 @dataclass(frozen=True)
 class TrainConfig:
     "How a network is trained; the defaults are FAR's (paper Sec. 4)."
@@ -77,8 +76,7 @@ class TrainConfig:
         if self.batch_size % self.gradient_accumulation:
             raise FarError(f"batch_size {self.batch_size} does not split into {self.gradient_accumulation} micro-batches: choose a multiple")
 
-
-
+# %% ../nbs/14_training.ipynb #78c84665
 def lr_factor(config: TrainConfig, step: int) -> float:
     "What the learning rates are multiplied by in step `step` (from 0): linear warm-up, then a cosine to 0 or a cut at each milestone."
     if step < config.warmup_steps:
@@ -88,8 +86,7 @@ def lr_factor(config: TrainConfig, step: int) -> float:
     progress = (step - config.warmup_steps) / max(config.steps - config.warmup_steps, 1)
     return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
-
-
+# %% ../nbs/14_training.ipynb #adb424d3
 class TrainingStopped(Exception):
     "Training ended early on a signal; `checkpoint` is where it goes on, `signal` which one it was."
 
@@ -118,8 +115,7 @@ class _Signals:
     def __exit__(self, *error) -> None:
         for number, handler in self.previous.items(): signal.signal(number, handler or signal.SIG_DFL)
 
-
-
+# %% ../nbs/14_training.ipynb #83fdbb1b
 class _Checkpoints:
     "The files step-XXXXXXXX.pt of a run: written whole, the last `keep` kept, an unsound one passed over with a warning."
 
@@ -156,8 +152,7 @@ class _Checkpoints:
                 warnings.warn(f"checkpoint {path} is not usable ({str(error).splitlines()[0]}): using the one before")
         return None
 
-
-
+# %% ../nbs/14_training.ipynb #7bdee08a
 class _Table:
     "A CSV file with a `step` column; opening it at `step` drops later rows and torn ones."
 
@@ -174,8 +169,7 @@ class _Table:
             if file.tell() == 0: writer.writerow(row)
             writer.writerow(value if isinstance(value, int) else f"{value:.6g}" for value in row.values())
 
-
-
+# %% ../nbs/14_training.ipynb #d4b3447a
 class _Call(nn.Module):
     "A module whose forward is `method` of `module`."
 
@@ -186,8 +180,7 @@ class _Call(nn.Module):
     def forward(self, *inputs: Tensor) -> Any:
         return getattr(self.module, self.method)(*inputs) if self.method != "forward" else self.module(*inputs)
 
-
-
+# %% ../nbs/14_training.ipynb #5790d5a4
 class _Task:
     "Networks under training with their optimisers; subclasses say what a step is and what its pictures look like."
 
@@ -221,8 +214,7 @@ class _Task:
             seen.append(terms)
         return {term: torch.stack([terms[term].detach().float() for terms in seen]).mean(0) for term in seen[0]}
 
-
-
+# %% ../nbs/14_training.ipynb #644c74d1
 @patch
 def set_rates(self: _Task, factor: float) -> None:
     for optimiser in self.optimisers.values():
@@ -248,15 +240,13 @@ def kept(self: _Task) -> nn.Module:
     "The first network as it is judged and kept: its average if there is one."
     return self.ema.module if self.ema else next(iter(self.networks.values()))
 
-
-
+# %% ../nbs/14_training.ipynb #29bd73d7
 def _compile(*blocks: nn.Module) -> None:
     "Compile blocks in place, each alone; those of a kind share their graphs. What processes tell each other stays outside of them."
     _GlobalBatchNorm.forward = torch.compiler.disable(_GlobalBatchNorm.forward)
     for block in blocks: block.compile()
 
-
-
+# %% ../nbs/14_training.ipynb #92cf22ab
 class _PretrainMAE(_Task):
     "Stage 1 (paper Sec. 3.1): the masked autoencoder."
 
@@ -287,8 +277,7 @@ class _PretrainMAE(_Task):
     def describe(self) -> dict[str, Any]:
         return {"mae": asdict(self.model.config)}
 
-
-
+# %% ../nbs/14_training.ipynb #ddf0cacf
 @patch
 def weights(self: _PretrainMAE, batches: list[dict]) -> Sequence[Tensor | float]:
     "What the mean of each micro-batch counts in the mean over the whole step: its judged values over the average number of them."
@@ -314,8 +303,7 @@ def evaluate(self: _PretrainMAE, images: Tensor, masks: Tensor) -> dict[str, flo
     losses, psnrs = gathered(losses), gathered(psnrs)
     return {"loss": float(torch.tensor(losses).mean()), "psnr": sum(psnrs) / len(psnrs)}
 
-
-
+# %% ../nbs/14_training.ipynb #671ab82d
 @contextmanager
 def _frozen(network: nn.Module) -> Iterator[None]:
     "Inside, no parameter of `network` asks for a gradient."
@@ -323,8 +311,7 @@ def _frozen(network: nn.Module) -> Iterator[None]:
     try: yield
     finally: network.requires_grad_(True)
 
-
-
+# %% ../nbs/14_training.ipynb #88d208e9
 class _TrainFAR(_Task):
     "Stage 2 (paper Sec. 3.3): the restoration network against the discriminator, guided by a frozen MAE."
 
@@ -356,8 +343,7 @@ class _TrainFAR(_Task):
         total, terms = discriminator_loss(batch["fake"], batch["image"], batch["mask"], self.prepared["discriminator"], self.config.losses)
         return total, {"discriminator": total} | terms
 
-
-
+# %% ../nbs/14_training.ipynb #c3a5d500
 def _crc(arrays: Iterable[np.ndarray]) -> str:
     "CRC-32 of all values: tells one frozen network, or one set of silhouettes, from another."
     crc = 0
@@ -388,8 +374,7 @@ def describe(self: _TrainFAR) -> dict[str, Any]:
         mae = asdict(self.model.mae.config) | {"weights": _crc(weights)}
     return {"mae": mae, "acr": asdict(self.model.acr.config), "perceptual": type(self.perceptual).__name__}
 
-
-
+# %% ../nbs/14_training.ipynb #0b0362e9
 def _deaf(worker: int) -> None:
     "Ctrl-C reaches the data workers too; the training process alone decides when they end."
     for number in (signal.SIGINT, signal.SIGTERM): signal.signal(number, signal.SIG_IGN)
@@ -409,8 +394,7 @@ def _batches(data: InpaintingDataset, config: TrainConfig, accelerator: Accelera
     moved = ({name: move(tensor) for name, tensor in batch.items()} for batch in loader)
     while batches := list(islice(moved, parts)): yield batches
 
-
-
+# %% ../nbs/14_training.ipynb #de3543e8
 _FREE = ("workers", "log_every", "eval_every", "sample_every", "save_every", "keep", "gradient_accumulation")
 
 
@@ -433,15 +417,13 @@ def _require_same(before: dict[str, Any], now: dict[str, Any], out: Path) -> Non
     if changed:
         raise FarError(f"{out} holds another run ({'; '.join(changed[:5])}): choose another folder, or delete this one to start anew")
 
-
-
+# %% ../nbs/14_training.ipynb #dff27249
 def _describe_data(data: InpaintingDataset) -> dict[str, Any]:
     settings = ("length", "size", "grid", "crop", "scale", "task", "mask_kind", "seed")
     masks = {"area": data.masks.area, "weights": data.masks.weights.tolist(), "objects": _crc(data.masks.objects or ())}
     return {"hash": data.images.hash(), "masks": masks} | {name: getattr(data, name) for name in settings}
 
-
-
+# %% ../nbs/14_training.ipynb #1460cabf
 def _random_state() -> dict[str, Any]:
     kind, keys, *rest = np.random.get_state()
     return {"python": random.getstate(), "numpy": (kind, keys.tolist(), *rest), "torch": torch.get_rng_state(),
@@ -468,8 +450,7 @@ def _deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
         torch.backends.cudnn.benchmark = before[2]
 
-
-
+# %% ../nbs/14_training.ipynb #626757c5
 class _AllMean(torch.autograd.Function):
     "The mean of a tensor over all processes; what it does to values it does to gradients."
 
@@ -490,7 +471,9 @@ class _GlobalBatchNorm(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training: return super().forward(x)
         with torch.autocast(x.device.type, enabled=False):
-            var, mean = (moment.double() for moment in torch.var_mean(x.float(), (0, 2, 3), correction=0))     # (C,) each: of this process
+            ours = x.float().mean((0, 2, 3))                                                   # (C,): of this process
+            centred = x.float() - ours.view(-1, 1, 1)                                          # torch.var_mean takes three times as long on a CPU
+            mean, var = ours.double(), centred.square().mean((0, 2, 3)).double()
             mean, square = _AllMean.apply(torch.stack([mean, var + mean.square()]))
             var = square - mean.square()
             with torch.no_grad():
@@ -499,8 +482,8 @@ class _GlobalBatchNorm(nn.BatchNorm2d):
                 self.running_var.lerp_((var * count / (count - 1)).float(), self.momentum)
                 self.num_batches_tracked.add_(1)
             scale = self.weight * (var + self.eps).rsqrt().float()
-            shift = self.bias - mean.float() * scale
-            return torch.addcmul(shift.view(-1, 1, 1), x.float(), scale.view(-1, 1, 1)).to(x.dtype)
+            shift = self.bias + (ours - mean.float()) * scale
+            return torch.addcmul(shift.view(-1, 1, 1), centred, scale.view(-1, 1, 1)).to(x.dtype)
 
 
 @contextmanager
@@ -512,8 +495,7 @@ def _global_batch_norms(networks: Iterable[nn.Module], processes: int) -> Iterat
     finally:
         for layer in layers: layer.__class__ = nn.BatchNorm2d
 
-
-
+# %% ../nbs/14_training.ipynb #d6712f8e
 def _meeting_place() -> dist.Store | None:
     "A connection of our own to the store in which the processes of this launch found each other; None when there is none in reach."
     try: store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False, timeout=timedelta(seconds=10))
@@ -554,8 +536,7 @@ def one_voice() -> Iterator[None]:
             _tell(f"process {rank}: {error}" if rank else str(error), store)
         raise SystemExit(2 if isinstance(error, FarError) else 128 + error.signal) from None
 
-
-
+# %% ../nbs/14_training.ipynb #3749977a
 @dataclass(eq=False)
 class _Peer:
     "What is known of a process: where it is, the exit code it announced, and when it last said something, and something new."
@@ -587,8 +568,7 @@ def _verdict(peers: list[_Peer], now: float, silence: float, patience: float) ->
     whose = f"process {stuck[0]} of {len(peers)} ({peers[stuck[0]].name}) has" if len(stuck) == 1 else f"processes {', '.join(map(str, stuck))} of {len(peers)} have"
     return stuck[0], f"{whose} not come further than {peers[stuck[0]].place} for {patience:g} s", 1
 
-
-
+# %% ../nbs/14_training.ipynb #ab0bd561
 class _Peers:
     "The processes of one run, watched from within each; see `_verdict`. Does nothing with one process."
 
@@ -619,8 +599,7 @@ class _Peers:
             else: found = _verdict(peers, time.monotonic(), 5.0 if self.suspicious else 20.0, patience)
             if found: self.leave(peers, *found)
 
-
-
+# %% ../nbs/14_training.ipynb #bd04f211
 @patch
 def leave(self: _Peers, peers: list[_Peer], culprit: int, text: str, code: int) -> None:
     "End this process, saying why if it falls to it; not when its main thread does so itself."
@@ -665,8 +644,7 @@ def __exit__(self: _Peers, kind: type | None, error: BaseException | None, trace
     except RuntimeError: pass
     self.signals.__exit__()
 
-
-
+# %% ../nbs/14_training.ipynb #8c498b01
 class _Run:
     "One training in one folder: resumes, steps, logs, judges, saves. What is trained is the task's business."
 
@@ -714,8 +692,7 @@ class _Run:
                 self.peers.at(f"the pictures of step {step + 1}")
         self.finish()
 
-
-
+# %% ../nbs/14_training.ipynb #2ac3394d
 @patch
 def finished(self: _Run) -> bool:
     "Whether the folder holds this very run, done."
@@ -759,8 +736,7 @@ def changes(self: _Run, processes: int, parts: int) -> str:
         found.append(f"{self.config.gradient_accumulation} instead of {parts} micro-batches a step{seen}")
     return " and ".join(found)
 
-
-
+# %% ../nbs/14_training.ipynb #cfc31f15
 @patch
 @contextmanager
 def opened(self: _Run, start: int) -> Iterator[None]:
@@ -787,8 +763,7 @@ def opened(self: _Run, start: int) -> Iterator[None]:
         if hasattr(self, "bar"): self.bar.close()
         if hasattr(self, "board"): self.board.close()
 
-
-
+# %% ../nbs/14_training.ipynb #41fd9103
 @patch
 def checked(self: _Run, step: int) -> Tensor:
     "The window (steps, terms), averaged over processes; a value that is not finite ends the run."
@@ -820,8 +795,7 @@ def log(self: _Run, step: int) -> None:
     for name in list(row)[2:]: self.board.add_scalar(f"train/{name}", row[name], step)
     self.bar.set_postfix({"images/s": f"{speed:.1f}", self.names[0]: f"{means[0]:.4g}"}, refresh=False)
 
-
-
+# %% ../nbs/14_training.ipynb #fb65c853
 @patch
 @contextmanager
 def judging(self: _Run) -> Iterator[None]:
@@ -856,8 +830,7 @@ def sample(self: _Run, step: int, count: int = 6) -> None:
     rows = torch.stack([images, images * (1 - masks), raw, composite(images, masks, raw)], 1).flatten(0, 1)      # (4 count, 3, S, S)
     with atomic_path(self.out / "samples" / f"step-{step:08d}.png") as path: save_image(rows, path, nrow=4)
 
-
-
+# %% ../nbs/14_training.ipynb #22a1aca6
 @patch
 def stop(self: _Run, signals: _Signals, step: int) -> int | None:
     "The signal to stop for, agreed among the processes."
@@ -896,8 +869,7 @@ def finish(self: _Run) -> None:
         if skipped: print(f"{len(skipped)} unreadable pictures were skipped: {', '.join(list(skipped)[:3])} … (train.json has the reasons)")
     self.accelerator.wait_for_everyone()
 
-
-
+# %% ../nbs/14_training.ipynb #19cba7f4
 def _accelerator(config: TrainConfig) -> Accelerator:
     "Device, precision and processes as `accelerate launch` or the machine gives them."
     AcceleratorState._reset_state()          # one process may train several times, each with a precision of its own
@@ -930,16 +902,14 @@ def train_far(far: FAR, data: InpaintingDataset, config: TrainConfig, out: Path,
     "Train `far.acr` against `discriminator` on `data` (task=\"far\") by Adam; returns out/model, which `FAR.from_pretrained` reads (the discriminator is out/discriminator.safetensors). Otherwise like `pretrain_mae`."
     return _Run(_TrainFAR(far, discriminator, perceptual, config, _accelerator(config)), data, Path(out), eval_set).train()
 
-
-
+# %% ../nbs/14_training.ipynb #0035c0f3
 def hr_sizes(low: int, high: int, step: int) -> tuple[int, ...]:
     "One sweep of square sizes (pixels), one per training step: from `high` down to `low` and up again, each turning point once (released code)."
     if not (0 < low < high and step > 0 and (high - low) % step == 0):
         raise FarError(f"no sweep of sizes from {high} down to {low} by {step}: give 0 < low < high, and a step that divides their difference")
     return (*range(high, low, -step), *range(low, high, step))
 
-
-
+# %% ../nbs/14_training.ipynb #f203ae06
 @one_voice()
 def finetune_hr(far: FAR, data: InpaintingDataset, config: TrainConfig, out: Path, *, sizes: Sequence[int], discriminator: nn.Module,
                 perceptual: nn.Module | None, eval_set: dict[str, Any] | None = None) -> Path:
@@ -951,5 +921,3 @@ def finetune_hr(far: FAR, data: InpaintingDataset, config: TrainConfig, out: Pat
     wrong = [size for size in sizes if size < 1 or size % far.multiple]
     if wrong or not sizes: raise FarError(f"sizes {wrong or 'are missing'}: give multiples of {far.multiple} px, which this FAR needs")
     return _Run(_TrainFAR(far, discriminator, perceptual, config, _accelerator(config)), data, Path(out), eval_set, sizes).train()
-
-
