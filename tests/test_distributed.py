@@ -228,12 +228,10 @@ def unlucky(rank, out, what):
     train("mae", out / "run", config, hook=happens, interrupt=interrupt)
 
 
-GONE = r"process {} of 2 \(pid \d+ on \S+\) is gone without a word, last heard of at .*step [1-4] \(killed, or out of memory\?\); "
 AGAIN = r"run again, it goes on from \S+step-00000003\.pt"
 
 
 @pytest.mark.parametrize("what, codes, line", [
-    ("killed", [1, -9], GONE.format(1) + AGAIN),
     ("first killed", [-9, 1], "process 0 of 2 is gone, and with it the place where all meet; " + AGAIN),
     ("mistake", [2, 2], "process 1 of 2 has ended: there is no such picture: choose another; " + AGAIN),
     ("bug", [1, 1], "process 1 of 2 has ended: ValueError: boom; " + AGAIN),
@@ -248,28 +246,23 @@ def test_nobody_waits_for_one_that_is_gone(what, codes, line, tmp_path):
     assert not (tmp_path / "run/train.json").exists() and (what != "mistake" or "Traceback" not in launch.read("stderr"))
 
 
-def torchrun(out, what):
-    "This file as the program of two processes; what they said."
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, str(out), what]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-
-
 def test_killed_stopped_and_brought_to_its_end(tmp_path, capsys):
-    "kill -9 of a process, SIGTERM to the launcher, and one process at last: the losses are those of a run that nobody disturbed."
+    "kill -9 of a process, SIGTERM to the launcher of the next two, and one process at last: the losses are those of a run that nobody disturbed."
     whole, out = train("mae", tmp_path / "whole"), tmp_path / "run"
-    ended = torchrun(out, "kill")
-    told = [line for line in ended.stderr.splitlines() if line.startswith("far: ")]
-    assert ended.returncode != 0 and len(told) == 1, ended.stderr
-    assert re.fullmatch(r"far: process 1 of 2 \(pid \d+ on \S+\) is gone without a word, last heard of at .*it goes on from \S+step-00000005\.pt", told[0])
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000005.pt"]
+    launch = Launch(tmp_path, unlucky, tmp_path, "killed")
+    assert launch.codes(60) == [1, -9], launch.read("stderr")
+    assert len(launch.told) == 1 and re.fullmatch(r"far: process 1 of 2 \(pid \d+ on \S+\) is gone without a word, last heard of at .*step [1-4] "
+                                                  r"\(killed, or out of memory\?\); " + AGAIN, launch.told[0]), launch.read("stderr")
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000003.pt"]
 
-    ended = torchrun(out, "stop")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__, str(out)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TQDM_DISABLE": "1", "PYTHONWARNINGS": "ignore"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     told = [line for line in ended.stderr.splitlines() if line.startswith("far: ")]
-    assert ended.returncode != 0 and len(told) == 1 and re.match("far: SIGTERM after step [89] of 10; run again to go on from", told[0]), ended.stderr
+    assert ended.returncode != 0 and len(told) == 1 and re.match("far: SIGTERM after step [67] of 10; run again to go on from", told[0]), ended.stderr
     assert "goes on after" not in ended.stdout, "as many processes as before"
     stopped = newest(out)["step"]
-    assert f"after step {stopped} of 10" in told[0] and [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000005.pt", f"step-{stopped:08d}.pt"]
+    assert f"after step {stopped} of 10" in told[0] and sorted(path.name for path in (out / "checkpoints").iterdir())[-1] == f"step-{stopped:08d}.pt"
 
     terms = train("mae", out)
     assert f"goes on after step {stopped} with 1 instead of 2 processes" in capsys.readouterr().out
@@ -288,14 +281,13 @@ def test_verdict(told):
     assert (found is None) == (not guilty) and (found is None or peers[found[0]] in guilty and found[2] > 0)
 
 
-if __name__ == "__main__":                  # the program of the launcher
+if __name__ == "__main__":                  # the launcher's program: in its third step the launcher is told to stop
     torch.set_num_threads(1)
     passes = []
 
     def happens():
         passes.append(1)
-        if sys.argv[2] == "kill" and len(passes) == 7 and os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
-        if sys.argv[2] == "stop" and len(passes) == 3 and os.environ["RANK"] == "0":
+        if len(passes) == 3 and os.environ["RANK"] == "0":
             os.kill(os.getppid(), signal.SIGTERM)
-            time.sleep(3)                   # until the launcher has passed it on
+            time.sleep(3)                   # until it has passed the signal on
     train("mae", Path(sys.argv[1]), hook=happens)
