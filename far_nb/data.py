@@ -285,6 +285,13 @@ class _Handle:
     def __del__(self):
         if hasattr(self, "number"): os.close(self.number)
 
+
+def _told_apart(sources: Sequence[str | os.PathLike]) -> _Entries:
+    "With the same name in two shards or folders: names that begin with the shard or the source."
+    named = sorted((f"{Path(file if offset is not None else source).stem}/{name}", file, offset, size)
+                   for source in sources for name, file, offset, size in _index(source))
+    return _Entries.of(named)
+
 # %% ../nbs/02_data.ipynb #8a3375ec
 class _Files:
     "Files of folders, lists and tars, in the order of their names; their contents as bytes."
@@ -294,16 +301,9 @@ class _Files:
     def __init__(self, source: str | os.PathLike | Sequence[str | os.PathLike]):
         sources = [source] if isinstance(source, (str, os.PathLike)) else list(source)
         entries = (_index(sources[0]) if len(sources) == 1 else _index_all(sources)).sorted()
-        if any(one == other for one, other in pairwise(entries.names)): entries = self._told_apart(sources)
+        if any(one == other for one, other in pairwise(entries.names)): entries = _told_apart(sources)
         if not len(entries): raise FarError(f"{', '.join(map(str, sources))}: no pictures there ({', '.join(sorted(_SUFFIXES))})")
         self._entries, self._handles = entries, {}
-
-    @staticmethod
-    def _told_apart(sources: Sequence[str | os.PathLike]) -> _Entries:
-        "With the same name in two shards or folders: names that begin with the shard or the source."
-        named = sorted((f"{Path(file if offset is not None else source).stem}/{name}", file, offset, size)
-                       for source in sources for name, file, offset, size in _index(source))
-        return _Entries.of(named)
 
     def __len__(self) -> int: return len(self._entries)
 
