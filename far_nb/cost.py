@@ -56,7 +56,7 @@ class Account(TorchDispatchMode):
         self.flops: Counter[str] = Counter()
         self.live, self.peak, self._known = 0, 0, WeakIdKeyDictionary()
 
-    total = property(lambda self: sum(self.flops.values()))
+    total = property(lambda self: sum(self.flops.values()), doc="FLOPs of all of it.")
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
@@ -191,8 +191,8 @@ class StepCost:
     optimiser: int
     working: int
 
-    total = property(lambda self: sum(self.flops.values()))
-    memory = property(lambda self: self.weights + self.optimiser + self.working)
+    total = property(lambda self: sum(self.flops.values()), doc="FLOPs of all of it.")
+    memory = property(lambda self: self.weights + self.optimiser + self.working, doc="Bytes of all of it.")
 
 
 def _bytes(*networks: nn.Module | None) -> int:

@@ -457,6 +457,7 @@ class Workshop:
         self.sampler = MaskSampler(self.preset.image_size, open_masks(asked.masks or self.preset.masks or "sample"))
 
     def data(self, stage: str) -> InpaintingDataset:
+        "Training pictures and masks of a stage, mae or far."
         return InpaintingDataset(self.found.train, self.preset.image_size, self.sampler, seed=self.asked.seed, patch_size=self.preset.mae.patch_size,
                                  task=stage, crop=self.preset.mae_crop if stage == "mae" else self.preset.far_crop)
 
@@ -464,11 +465,17 @@ class Workshop:
         "Centre squares of held-out pictures with fixed masks."
         return test_set(self.found.held_out, self.preset.image_size, count)
 
-    def mae(self) -> MAE: return _new_mae(self.preset, self.start, self.asked.seed)
+    def mae(self) -> MAE:
+        "A new MAE, or the one to begin from."
+        return _new_mae(self.preset, self.start, self.asked.seed)
 
-    def far(self, mae: MAE) -> FAR: return _new_far(self.preset, self.start, self.asked.seed, mae)
+    def far(self, mae: MAE) -> FAR:
+        "A new FAR on `mae`, or the one to begin from."
+        return _new_far(self.preset, self.start, self.asked.seed, mae)
 
-    def discriminator(self) -> nn.Module: return build_discriminator(self.preset, self.asked.seed, _critic_of(self.asked.init))
+    def discriminator(self) -> nn.Module:
+        "A new critic, or the one to begin from."
+        return build_discriminator(self.preset, self.asked.seed, _critic_of(self.asked.init))
 
 # %% ../nbs/18t_own.ipynb #d57a7a12
 def _looking(shop: Workshop, device: torch.device) -> float:
