@@ -122,6 +122,7 @@ _tiny = Preset(
     hr_train=TrainConfig(60, 4, lr=3e-4, channels_last=True, log_every=10, sample_every=60, save_every=30),
     test_images=128, face_images=128, hr_images=48, eval_images=48)
 
+# %% ../nbs/16_experiments.ipynb #81f6e5cb
 _small = Preset(
     "small", image_size=128, hr_size=256, hr_step=16, figure_size=512, purpose="real photographs and weights worth shipping on one CUDA GPU",
     mae=MAEConfig(128, 8, width=192, depth=6, heads=6, decoder_width=128, decoder_depth=4, decoder_heads=4),     # with the ACR below 14 MB in float16
