@@ -133,6 +133,7 @@ _small = Preset(
     hr_train=TrainConfig(2_000, 16, lr=3e-4, mixed_precision="bf16", channels_last=True, workers=8, log_every=50, sample_every=1_000, save_every=1_000),
     dataset=None, faces=None, test_images=500, face_images=300, hr_images=500, eval_images=64)
 
+# %% ../nbs/16_experiments.ipynb #7d872032
 _photos = Preset(
     "tiny-photos", image_size=64, hr_size=128, hr_step=16, figure_size=256, purpose="one scene model trained on real photographs, on a CPU",
     mae=MAEConfig(64, 8, width=192, depth=6, heads=6, decoder_width=128, decoder_depth=4, decoder_heads=4),
@@ -164,6 +165,7 @@ class Setting:
 
 _ANY, _MAE, _FAR = (rf"({names})_train\." for names in ("mae|partial|face_mae|far|face|hr", "mae|partial|face_mae", "far|face|hr"))
 
+# %% ../nbs/16_experiments.ipynb #c207c6ca
 _PICTURES = (
     Setting("side of the pictures", 256, r"(mae\.)?image_size", "paper 3"),
     Setting("side of high-resolution pictures", 512, "hr_size", "paper 4"),
@@ -231,6 +233,7 @@ _PRETRAINING = (
     Setting("MAE: halvings", (), _MAE + "milestones", "released MAE code: a cosine instead"),
     Setting("MAE: precision", "no", _MAE + "mixed_precision", "chosen: float32 as in all else; the released MAE code computes in float16"))
 
+# %% ../nbs/16_experiments.ipynb #6394bec8
 _ADVERSARIAL = (
     Setting("FAR, scenes: steps", 850_000, r"far_train\.steps", "paper 4"),
     Setting("FAR: steps (faces; high resolution; ablations)", 150_000, r"(face|hr)_train\.steps|ablation_steps", "paper 4 (faces, high resolution) and 3 (ablations)"),
