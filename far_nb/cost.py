@@ -91,7 +91,7 @@ def _on_meta() -> Iterator[None]:
     with (torch.device("meta"), mock.patch.object(torch, "autocast", lambda *args, **options: nullcontext()),
           mock.patch.object(F, "scaled_dot_product_attention", _fused_attention)): yield
 
-
+# %% ../nbs/15c_cost.ipynb #ee1a3f51
 @lru_cache(maxsize=8)
 def _visible_counts(preset: Any, draws: int = 64) -> Tensor:
     "Visible tokens under each of `draws` brush masks, rising."
@@ -106,7 +106,7 @@ def visible_tokens(preset: Any, batch: int = 1) -> int:
     below = (torch.arange(len(counts) + 1) / len(counts)) ** batch                               # share of batches whose longest row is at most the i-th
     return round(float((counts * below.diff()).sum()))
 
-
+# %% ../nbs/15c_cost.ipynb #f3943ffa
 def _encode(mae: MAE, batch: int, visible: int) -> Tensor:
     "Decoder input (B,L,D) of pictures of which the encoder sees `visible` tokens."
     config, length = mae.config, mae.config.grid ** 2
@@ -126,7 +126,7 @@ def _priors(mae: MAE, batch: int, visible: int) -> Priors:
         total = total + attention
     return Priors(mae.decoder_norm(tokens).transpose(1, 2).reshape(batch, -1, grid, grid), total / mae.config.decoder_depth)
 
-# %% ../nbs/15c_cost.ipynb #ee1a3f51
+# %% ../nbs/15c_cost.ipynb #98efeff4
 @dataclass(frozen=True)
 class Networks:
     "The networks of a preset on `meta`, as the experiments build them (no masked positions)."
@@ -147,7 +147,7 @@ def networks_of(preset: Any) -> Networks:
         networks = MAE(preset.mae), ACR(acr), ACR(replace(acr, prior_width=None, attention="none")), PatchDiscriminator(preset.discriminator_width)
         return Networks(*networks, perceptual and perceptual.to("meta"))
 
-
+# %% ../nbs/15c_cost.ipynb #a647f573
 def network_cost(preset: Any, size: int | None = None) -> dict[str, dict[str, float]]:
     """Part -> parameters and FLOPs (in all, and of Fourier transforms) of one forward pass of one picture of `size` px (the preset's).
 
@@ -223,7 +223,7 @@ def _far_step(found: Networks, image: Tensor, mask: Tensor, priors: Callable[[],
     found.critic.zero_grad()
     yield "discriminator"
 
-
+# %% ../nbs/15c_cost.ipynb #3aaf71e9
 def step_cost(preset: Any, stage: str, batch: int | None = None, size: int | None = None, visible: int | None = None) -> StepCost:
     """What one step of a stage ("mae", "far" or "hr") costs; batch and size (px) as in the preset where None, for "hr" its largest size.
 
@@ -234,7 +234,7 @@ def step_cost(preset: Any, stage: str, batch: int | None = None, size: int | Non
     size = preset.mae.image_size if stage == "mae" else size or (preset.hr_size if stage == "hr" else preset.image_size)
     return _count_step(preset, stage, batch, size, visible or (tokens - round(0.75 * tokens) if stage == "mae" else visible_tokens(preset, batch)))
 
-
+# %% ../nbs/15c_cost.ipynb #7bedcf7f
 @lru_cache(maxsize=256)
 def _count_step(preset: Any, stage: str, batch: int, size: int, visible: int) -> StepCost:
     config, found, flops, before = getattr(preset, STAGES[stage]), networks_of(preset), {}, 0

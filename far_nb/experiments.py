@@ -167,6 +167,7 @@ class Setting:
 
 _ANY, _MAE, _FAR = (rf"({names})_train\." for names in ("mae|partial|face_mae|far|face|hr", "mae|partial|face_mae", "far|face|hr"))
 
+# %% ../nbs/16_experiments.ipynb #c207c6ca
 _PICTURES = (
     Setting("side of the pictures", 256, r"(mae\.)?image_size", "paper 3"),
     Setting("side of high-resolution pictures", 512, "hr_size", "paper 4"),
@@ -234,6 +235,7 @@ _PRETRAINING = (
     Setting("MAE: halvings", (), _MAE + "milestones", "released MAE code: a cosine instead"),
     Setting("MAE: precision", "no", _MAE + "mixed_precision", "chosen: float32 as in all else; the released MAE code computes in float16"))
 
+# %% ../nbs/16_experiments.ipynb #6394bec8
 _ADVERSARIAL = (
     Setting("FAR, scenes: steps", 850_000, r"far_train\.steps", "paper 4"),
     Setting("FAR: steps (faces; high resolution; ablations)", 150_000, r"(face|hr)_train\.steps|ablation_steps", "paper 4 (faces, high resolution) and 3 (ablations)"),
