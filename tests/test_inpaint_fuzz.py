@@ -55,7 +55,7 @@ def a_mask(kind, size, generator):
     if kind == "other size": hole = hole.repeat(2, 0).repeat(3, 1)
     if kind == "inverted": return hole, ~hole * 255
     if kind in ("torn", "text"): return hole, as_file(Image.fromarray(hole), "png")[:45] if kind == "torn" else b"not a mask"
-    if kind == "wrong shape": return hole, np.zeros((height, width, 7))
+    if kind == "wrong shape": return hole, np.zeros((height + 1, width, 7))          # (1,H,W) would be a mask
     return hole, hole * 255
 
 
