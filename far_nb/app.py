@@ -150,7 +150,7 @@ class Painter:
     def _same(self, picture: Image.Image, background: np.ndarray) -> None:
         shown, sent = np.asarray(background)[..., :3].astype(int), np.asarray(_canvas(picture, self.limits.canvas))
         if shown.shape != sent.shape or np.abs(shown - sent).mean() > 4:      # a browser may round colours, not replace them
-            raise FarError("the editor shows another picture than was uploaded: use the button Upload a picture")
+            raise FarError("the editor shows another picture than was uploaded: use the button Upload")
 
 # %% ../nbs/18u_app.ipynb #3d324ab4
 def _gradio() -> Any:
@@ -221,7 +221,7 @@ def build(painter: Painter, first: str | os.PathLike | None = None) -> Any:
             with gr.Column(min_width=340):
                 editor = _editor(gr)
                 with gr.Row():
-                    upload = gr.UploadButton("Upload a picture", file_types=["image"], elem_id="upload", min_width=120)
+                    upload = gr.UploadButton("Upload", file_types=["image"], elem_id="upload", min_width=120)
                     button = gr.Button("Fill", variant="primary", elem_id="fill", min_width=120)
             with gr.Column(min_width=340):
                 result = gr.Image(label="Result", format="png", interactive=False, buttons=["fullscreen"], elem_id="result", height=500)
@@ -302,9 +302,9 @@ class Page:
                  **gradio: Any):
         self._kept = ExitStack()
         with self._kept:                                   # whatever fails, nothing stays
-            _gradio()
-            method = app_method(model)
-            self.painter = Painter(method, self._kept.enter_context(_quarters()), limits)
+            folder = self._kept.enter_context(_quarters())
+            _gradio()                                      # not before: it makes its folder for temporary files when it is imported
+            self.painter = Painter(app_method(model), folder, limits)
             if isinstance(image, Image.Image): image = self.painter.keep(image, "picture")
             elif image is not None:
                 read_upload(image, limits)
