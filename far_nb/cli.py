@@ -865,7 +865,7 @@ def _train(photos: Annotated[Optional[Path], typer.Argument(help="folder as it i
     _train_photos(photos, out, yes, stage, preset=preset, masks=masks, init=init and str(init), steps_mae=steps_mae, steps=steps, batch_mae=batch_mae,
                   batch=batch, hours=hours, seed=seed or 0, device=device, dry_run=dry_run)
 
-
+# %% ../nbs/19_cli.ipynb #24892383
 def _train_photos(photos: Path | None, out: Path | None, yes: bool, stage: str | None, **options: Any) -> None:
     from far_nb.core import FarError
     from far_nb.own import check_folders, train_own
@@ -911,9 +911,9 @@ def _app(model: Annotated[Optional[str], typer.Option("--model", "-m", help=f"{_
          port: Annotated[Optional[int], typer.Option(min=1, max=65535, help="default: the first free one from 7860")] = None,
          host: Annotated[str, typer.Option(help="address to listen at; 0.0.0.0: other machines may come in")] = "127.0.0.1",
          share: Annotated[bool, typer.Option("--share", help="make a public address through Gradio's servers")] = False) -> None:
-    """Paint on a picture in the browser and have the hole filled.
+    r"""Paint on a picture in the browser and have the hole filled.
 
-    Needs Gradio: pip install 'far_nb[app]'. Ctrl-C ends it, and nothing of what was uploaded stays.
+    Needs Gradio: pip install 'far_nb\[app]'. Ctrl-C ends it, and nothing of what was uploaded stays.
     """
     from far_nb.app import serve
     serve(model, host, port, share, announce=typer.echo)

@@ -274,7 +274,7 @@ def _largest_difference(run: Callable[[Tensor, Tensor], Tensor], far: FAR, known
         worst = max(worst, (run(image, mask) - (composite(image, mask, raw) if known else raw)).abs().max().item())
     return worst
 
-
+# %% ../nbs/11e_export.ipynb #4de0b256
 def _refuse(far: FAR, format: str, out: Path) -> None:
     "`FarError` for what is known not to work, before any work is done."
     require_choice("format", format, list(FORMATS))
