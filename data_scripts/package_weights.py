@@ -1,0 +1,123 @@
+"""Put a trained model into the package: float16 weights, config.json, and a model card whose numbers come from the run's own files.
+
+    python data_scripts/package_weights.py runs/tiny-photos/hr-s0 -o far_nb/weights/scenes --data "8,207 photographs of …"
+
+`FAR.from_pretrained()` loads what lies in far_nb/weights/scenes. check.json records what the packaged weights make of one sample
+photograph, so that a test can tell whether they still do.
+"""
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import typer
+from common import one_line_errors
+
+from far_nb.core import FarError, atomic_path, read_json, write_json
+from far_nb.data import test_set
+from far_nb.evaluation import composite_uint8, psnr, quick_evaluate
+from far_nb.experiments import get_experiment, get_preset, resolve, stands_on
+from far_nb.far import FAR
+from far_nb.inpaint import get_method
+from far_nb.tables import table
+
+LIMIT = 14_000_000                               # bytes of weights in the package
+METRICS = ("PSNR", "SSIM", "LPIPS (lite0)", "FID (lite0)")
+CHECK = {"source": "sample-scenes", "size": 256, "picture": 0}
+
+
+def card_table(runs: Path, preset: str, seed: int) -> str:
+    "Measured rows of Table 5 as Markdown: mean and 95 % interval over the test pictures, standard protocol."
+    frame = table(5, runs, preset, [seed])
+    frame = frame[(frame["protocol"] == "standard") & frame["measured"].notna() & frame["metric"].isin(METRICS)]
+    text = lambda line: f"{line['measured']:.3f}" + ("" if pd.isna(line["ci_low"]) else f" [{line['ci_low']:.3f}, {line['ci_high']:.3f}]")
+    lines = [f"| test pictures: method | {' | '.join(METRICS)} |", "|---" * (len(METRICS) + 1) + "|"]
+    for row, cells in frame.groupby("row", sort=False):
+        values = {line["metric"]: text(line) for _, line in cells.iterrows()}
+        lines.append(f"| {row} | {' | '.join(values.get(metric, '–') for metric in METRICS)} |")
+    return "\n".join(lines)
+
+
+def history(run: Path, preset: str, experiment: str) -> list[dict[str, Any]]:
+    "What was trained for this model, in order: name, train.json and options.json of every run below it and of itself."
+    scale, seed = get_preset(preset), run.name.rpartition("-s")[2]
+    below = [entry for name in stands_on(scale, get_experiment(experiment)) for entry in history(run.with_name(f"{name}-s{seed}"), preset, name)]
+    return [*below, {"name": experiment, "about": get_experiment(experiment).about, "train": read_json(run / "train.json"), "options": read_json(run / "options.json")}]
+
+
+def trained_line(entry: dict[str, Any]) -> str:
+    train, options = entry["train"], entry["options"]
+    size = f"{options['sizes'][0]} to {min(options['sizes'])} px" if "sizes" in options else f"{options['image_size']} px"
+    return (f"| {entry['name']} | {entry['about']} | {size} | {train['steps']:,} × {train['config']['batch_size']} | "
+            f"{train['seconds'] / 60:.0f} min | {(train['provenance'].get('git_commit') or 'unknown')[:10]} |")
+
+
+def recorded(far: FAR) -> dict[str, Any]:
+    "What the packaged weights make of one sample photograph with a fixed hole."
+    picture = test_set(CHECK["source"], CHECK["size"], CHECK["picture"] + 1)
+    images, masks = (picture[key][-1:] for key in ("images", "masks"))
+    filled = composite_uint8(images, masks, get_method(far)(images, masks))[0].movedim(0, -1).numpy()
+    true = (images[0] * 255).round().byte().movedim(0, -1).numpy()
+    return CHECK | {"name": picture["names"][-1], "hash": picture["hash"], "psnr": round(float(psnr(filled, true, "standard")), 4)}
+
+
+CARD = """# far_nb {name}: a small FAR for scenes
+
+The model that `FAR.from_pretrained()` loads: a masked autoencoder (MAE), the prior pyramid and the restoration network (ACR) of
+*Learning Prior Feature and Attention Enhanced Image Inpainting* (ECCV 2022), {parameters:,} numbers in float16, {megabytes:.1f} MB.
+It is a demonstration of the method at a small scale, trained by the preset `{preset}` of `far reproduce`; it is not the authors' model
+and far from its quality.
+
+## Training
+
+Data: {data}. Object masks: {masks}. Seed {seed}, on {device}.
+
+| run | what | size | steps × batch | time | commit |
+|---|---|---|---|---|---|
+{trained}
+
+The MAE sees {mae_size}×{mae_size} pixels in {grid}×{grid} patches, whatever the size of the picture.
+
+## Measured
+
+{images} held-out pictures of the same kind with fixed masks (brush, objects and both, 5 to 70 % of the area), never trained on; mean
+and 95 % bootstrap interval; protocol `standard`; (lite0) are surrogates on EfficientNet-Lite0 features, which compare with each other
+only. 'scenes' are {size} px, 'HR scenes' {hr_size} px; this model is the row 'HR scenes: FAR'.
+
+{measured}
+
+## Limits
+
+- Trained on pictures of at most {hr_size} px: large holes in large pictures come out soft; `inpaint` fills those from a reduced view.
+- Trained on places (61 % roads, then rooms, houses and landscapes): it knows little of people, text or animals.
+- The masks were brush strokes and silhouettes of 10 to 50 % of the area; much larger holes are beyond it.
+- Fixed seed, one run: no spread over trainings was measured.
+
+License of the weights: Apache 2.0, like the code. The photographs it was trained on are from public research sets and are not part of it.
+"""
+
+
+def main(run: Annotated[Path, typer.Argument(help="Folder of a finished FAR run, such as runs/tiny-photos/hr-s0.")],
+         out: Annotated[Path, typer.Option("--out", "-o", help="Folder to write, such as far_nb/weights/scenes.")],
+         data: Annotated[str, typer.Option(help="What the model was trained on, in words, for the card.")],
+         masks: Annotated[str, typer.Option(help="What the training's object masks were, in words.")] = "the preset's",
+         device: Annotated[str, typer.Option(help="What it was trained on, in words.")] = "a CPU") -> None:
+    """Write float16 weights, config, model card and a recorded result of a run into a folder of the package."""
+    with one_line_errors():
+        options, preset = read_json(run / "options.json"), run.parent.name
+        scale, seed = get_preset(preset), options["seed"]
+        far = FAR.from_pretrained(run / "model")
+        far.save_pretrained(out, half=True)
+        size = (out / "model.safetensors").stat().st_size
+        if size > LIMIT: raise FarError(f"{out}/model.safetensors has {size / 1e6:.1f} MB, {LIMIT / 1e6:.0f} MB fit the package: choose narrower networks")
+        packaged, runs = FAR.from_pretrained(out), history(run, preset, resolve(scale, options["experiment"]))
+        write_json(out / "check.json", recorded(packaged))
+        text = CARD.format(name=out.name, parameters=sum(tensor.numel() for tensor in far.state_dict().values()), megabytes=size / 1e6, preset=preset, data=data,
+                           masks=masks, seed=seed, device=device, trained="\n".join(map(trained_line, runs)), mae_size=scale.mae.image_size, grid=scale.mae.grid,
+                           images=scale.test_images, size=scale.image_size, hr_size=scale.hr_size, measured=card_table(run.parent.parent, preset, seed))
+        with atomic_path(out / "README.md") as temporary: temporary.write_text(text, encoding="utf-8")
+        typer.echo(f"{out}: {size / 1e6:.1f} MB; PSNR {read_json(out / 'check.json')['psnr']:.2f} dB on {CHECK['source']}")
+
+
+if __name__ == "__main__":
+    typer.run(main)
