@@ -8,17 +8,19 @@ photograph, so that a test can tell whether they still do.
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
 import pandas as pd
-import torch
 import typer
 from common import one_line_errors
+from PIL import Image
 
-from far_nb.core import FarError, atomic_path, read_json, write_json
-from far_nb.data import test_set
-from far_nb.evaluation import composite_uint8, psnr, quick_evaluate
+from far_nb.core import FarError, atomic_path, read_json, rng, write_json
+from far_nb.data import sample_scenes, test_set
+from far_nb.evaluation import composite_uint8, psnr
 from far_nb.experiments import get_experiment, get_preset, resolve, stands_on
 from far_nb.far import FAR
-from far_nb.inpaint import get_method
+from far_nb.inpaint import get_method, inpaint
+from far_nb.masks import brush_mask
 from far_nb.tables import table
 
 LIMIT = 14_000_000                               # bytes of weights in the package
@@ -61,10 +63,30 @@ def recorded(far: FAR) -> dict[str, Any]:
     return CHECK | {"name": picture["names"][-1], "hash": picture["hash"], "psnr": round(float(psnr(filled, true, "standard")), 4)}
 
 
+def picture(folder: Path) -> Image.Image:
+    "Held-out sample photographs with brush strokes, and filled by the packaged weights through `inpaint`."
+    photographs = sample_scenes("test")
+    chosen = [photographs[index].copy() for index in (2, 0, 4)]
+    for photograph in chosen: photograph.thumbnail((384, 384))
+    holes = [brush_mask(photograph.size[::-1], rng(7, index), (0.05, 0.09)) for index, photograph in enumerate(chosen)]
+    filled = inpaint(chosen, holes, folder)
+    masked = [Image.fromarray(np.where(hole[..., None], np.uint8(190), np.asarray(photograph))) for photograph, hole in zip(chosen, holes)]
+    height = max(photograph.height for photograph in chosen)
+    sheet = Image.new("RGB", (sum(photograph.width for photograph in chosen) + 12 * (len(chosen) - 1), 2 * height + 12), "white")
+    left = 0
+    for before, after in zip(masked, filled):
+        sheet.paste(before, (left, 0)); sheet.paste(after, (left, height + 12))
+        left += before.width + 12
+    return sheet
+
+
 CARD = """# far_nb {name}: a small FAR for scenes
 
 The model that `FAR.from_pretrained()` loads: a masked autoencoder (MAE), the prior pyramid and the restoration network (ACR) of
 *Learning Prior Feature and Attention Enhanced Image Inpainting* (ECCV 2022), {parameters:,} numbers in float16, {megabytes:.1f} MB.
+
+![Held-out sample photographs with holes, and below what this model makes of them](sample.jpg)
+
 It is a demonstration of the method at a small scale, trained by the preset `{preset}` of `far reproduce`; it is not the authors' model
 and far from its quality.
 
@@ -115,6 +137,7 @@ def main(run: Annotated[Path, typer.Argument(help="Folder of a finished FAR run,
         text = CARD.format(name=out.name, parameters=sum(tensor.numel() for tensor in far.state_dict().values()), megabytes=size / 1e6, preset=preset, data=data,
                            masks=masks, seed=seed, device=device, trained="\n".join(map(trained_line, runs)), mae_size=scale.mae.image_size, grid=scale.mae.grid,
                            images=scale.test_images, size=scale.image_size, hr_size=scale.hr_size, measured=card_table(run.parent.parent, preset, seed))
+        with atomic_path(out / "sample.jpg") as temporary: picture(out).save(temporary, "JPEG", quality=85)
         with atomic_path(out / "README.md") as temporary: temporary.write_text(text, encoding="utf-8")
         typer.echo(f"{out}: {size / 1e6:.1f} MB; PSNR {read_json(out / 'check.json')['psnr']:.2f} dB on {CHECK['source']}")
 

@@ -146,7 +146,7 @@ _photos = Preset(
     hr_train=TrainConfig(800, 8, lr=3e-4, ema=0.998, mixed_precision="bf16", channels_last=True, log_every=20, sample_every=400, save_every=100),
     dataset=None, faces=None, test_images=500, face_images=300, hr_images=500, eval_images=64,
     trains=("mae-mixed", "lama", "far-alpha0", "far", "hr-lama", "hr"),
-    targets=("table3", "table4", "table5", "figure1", "figure3", "figure5", "figure6", "figure8", "figure9"))
+    targets=("table3", "table4", "table5", "figure3", "figure5", "figure6", "figure9"))
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in (_smoke, _tiny, _photos, _small, _paper)}
 
@@ -440,7 +440,7 @@ def parse_targets(only: str | None, preset: Preset | None = None) -> list[str]:
     if not names: raise FarError(f"--only names no table or figure: choose from {', '.join(made)}")
     for name in names:
         if require_choice("table or figure", name, TARGETS) not in made:
-            raise FarError(f"the preset {preset.name} does not train what {name} shows: choose from {', '.join(made)}, or another preset")
+            raise FarError(f"the preset {preset.name} does not make {name}: choose from {', '.join(made)}, or another preset")
     return list(dict.fromkeys(names))
 
 # %% ../nbs/16_experiments.ipynb #010d717a

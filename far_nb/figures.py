@@ -799,7 +799,7 @@ def write_index(figures: str | Path, runs: str | Path, preset: str, seeds: Seque
              "## Tables", _rows("| table | files | runs |", [_table_line(number, frame, figures) for number, frame in frames.items()]),
              "## Figures", _rows("| figure | what it shows |", [_figure_line(number, figures, preset, seeds[0], sources) for number in drawn]),
              "## Missing", "\n".join(f"- {name}: {why}" for name, why in missing.items()) or "Nothing."]
-    if left_out: parts.append(f"This preset does not train what {_and(left_out)} show{'s' * (len(left_out) == 1)}.")
+    if left_out: parts.append(f"This preset leaves out {_and(left_out)}.")
     if failed: parts += ["## Failed in the last call", "What stands on these was not made again: above it is missing, or from an earlier call.",
                          "\n".join(f"- {name}: see {_without_paths(notebook, runs)}" for name, notebook in failed.items())]
     with atomic_path(figures / "README.md") as temporary: temporary.write_text("\n\n".join(parts) + "\n", encoding="utf-8")

@@ -84,7 +84,7 @@ def test_a_preset_may_train_a_few_networks_only():
     for run in plan["runs"].values(): assert set(run["needs"]) <= set(plan["runs"])                    # nothing stands on what is not trained
     assert plan["targets"]["table4"] == ["far-alpha0-s0/metrics.json", "far-s0/metrics.json"]
     assert plan["absent"]["far-contextual"] == "the preset tiny-photos does not train it" and "telea-scenes" not in plan["absent"]
-    with pytest.raises(FarError, match="does not train what table1 shows: choose from table3"): parse_targets("table1", photos)
+    with pytest.raises(FarError, match="does not make table1: choose from table3"): parse_targets("table1", photos)
 
 
 def test_the_paper_preset_is_the_papers():
