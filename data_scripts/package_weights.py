@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 import typer
 from common import one_line_errors
-from PIL import Image
+from PIL import Image, ImageOps
 
 from far_nb.core import FarError, atomic_path, read_json, rng, write_json
 from far_nb.data import sample_scenes, test_set
@@ -66,17 +66,13 @@ def recorded(far: FAR) -> dict[str, Any]:
 def picture(folder: Path) -> Image.Image:
     "Held-out sample photographs with brush strokes, and filled by the packaged weights through `inpaint`."
     photographs = sample_scenes("test")
-    chosen = [photographs[index].copy() for index in (2, 0, 4)]
-    for photograph in chosen: photograph.thumbnail((384, 384))
-    holes = [brush_mask(photograph.size[::-1], rng(7, index), (0.05, 0.09)) for index, photograph in enumerate(chosen)]
+    chosen = [ImageOps.fit(photographs[index], (300, 300)) for index in (1, 2, 4)]
+    holes = [brush_mask(photograph.size[::-1], rng(7, index), (0.03, 0.06)) for index, photograph in enumerate(chosen)]
     filled = inpaint(chosen, holes, folder)
     masked = [Image.fromarray(np.where(hole[..., None], np.uint8(190), np.asarray(photograph))) for photograph, hole in zip(chosen, holes)]
-    height = max(photograph.height for photograph in chosen)
-    sheet = Image.new("RGB", (sum(photograph.width for photograph in chosen) + 12 * (len(chosen) - 1), 2 * height + 12), "white")
-    left = 0
-    for before, after in zip(masked, filled):
-        sheet.paste(before, (left, 0)); sheet.paste(after, (left, height + 12))
-        left += before.width + 12
+    sheet = Image.new("RGB", (312 * len(chosen) - 12, 612), "white")
+    for row, pictures in enumerate((masked, filled)):
+        for column, each in enumerate(pictures): sheet.paste(each, (312 * column, 312 * row))
     return sheet
 
 
