@@ -109,7 +109,7 @@ class Filled(NamedTuple):
     file: Path
     text: str
 
-
+# %% ../nbs/18u_app.ipynb #67b83213
 class Painter:
     """What the page does, without the page: pictures are named by path, masks are the editor's layers, mistakes are a `FarError` to be shown.
 
