@@ -78,6 +78,6 @@ def test_the_site_has_every_notebook_and_every_module(site):
 def test_the_site_hides_what_only_nbdev_reads(site):
     notebook = {"cells": [{"source": ["#| hide\n", "import secret"]}, {"source": ["#| export\n", "def shown(): pass"]}, {"source": ["a = 1  #| b"]}]}
     assert [cell["source"] for cell in json.loads(site["without_directives"](json.dumps(notebook)))["cells"]] == ["def shown(): pass", "a = 1  #| b"]
-    link = {"cells": [{"cell_type": "markdown", "source": ["see [there](14_training.ipynb#Many-processes,-one-network), [x](http://a.b/#C)"]}]}
-    assert "(14_training.ipynb#many-processes-one-network), [x](http://a.b/#C)" in site["without_directives"](json.dumps(link))
+    link = {"cells": [{"cell_type": "markdown", "source": ["see [there](16_training.ipynb#Many-processes,-one-network), [x](http://a.b/#C)"]}]}
+    assert "(16_training.ipynb#many-processes-one-network), [x](http://a.b/#C)" in site["without_directives"](json.dumps(link))
     assert site["as_rst"]("`x_` is (B,L,patch*patch*C); |a_1|") == r"``x_`` is (B,L,patch\*patch\*C); \|a\_1\|"
