@@ -277,7 +277,8 @@ _HOUSEKEEPING = (
     Setting("MAE: steps between sample pages", 10_000, _MAE + "sample_every", "chosen"),
     Setting("checkpoints kept", 2, _ANY + "keep", "chosen"),
     Setting("trainings at a time on a GPU", 1, "gpu_jobs", "chosen: one fills it"),
-    Setting("networks that are trained", None, "trains", "chosen: all of the paper's"))
+    Setting("networks that are trained", None, "trains", "chosen: all of the paper's"),
+    Setting("tables and figures that are made", None, "targets", "chosen: all of the paper's"))
 
 PAPER: tuple[Setting, ...] = _PICTURES + _NETWORKS + _PRETRAINING + _ADVERSARIAL + _LOSSES + _HOUSEKEEPING
 
