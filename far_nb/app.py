@@ -125,7 +125,8 @@ class Painter:
         plain = re.sub(r"[^\w-]+", "_", name)[:60].strip("_") or "picture"
         file = self.folder / (where or secrets.token_hex(16)) / f"{plain}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(file, compress_level=1, icc_profile=picture.info.get("icc_profile"))
+        kept = picture.mode in ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA")             # others, such as CMYK, are none of PNG's
+        (picture if kept else picture.convert("RGB")).save(file, compress_level=1, icc_profile=picture.info.get("icc_profile") if kept else None)
         return file
 
     def canvas(self, file: str | os.PathLike) -> Image.Image:
@@ -333,7 +334,7 @@ class Page:
 # %% ../nbs/23_app.ipynb #97010457
 def serve(model: Any = None, host: str = "127.0.0.1", port: int | None = None, share: bool = False, limits: Limits = Limits(), announce: Callable[[str], Any] = print) -> None:
     "`far app`: the page until Ctrl-C (or a signal to end), which leaves no file behind. What it is called with is a `FarError`'s business, never a visitor's."
-    for number in (signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP): signal.signal(number, signal.default_int_handler)
     announce("loading …")
     page = None
     try:

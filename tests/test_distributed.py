@@ -251,7 +251,7 @@ def test_killed_stopped_and_brought_to_its_end(tmp_path, capsys):
     whole, out = train("mae", tmp_path / "whole"), tmp_path / "run"
     launch = Launch(tmp_path, unlucky, tmp_path, "killed")
     assert launch.codes(60) == [1, -9], launch.read("stderr")
-    assert len(launch.told) == 1 and re.fullmatch(r"far: process 1 of 2 \(pid \d+ on \S+\) is gone without a word, last heard of at .*step [1-4] "
+    assert len(launch.told) == 1 and re.fullmatch(r"far: process 1 of 2 \(pid \d+ on \S+\) is gone without a word, last heard of at (the start|.*step [1-4]) "
                                                   r"\(killed, or out of memory\?\); " + AGAIN, launch.told[0]), launch.read("stderr")
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000003.pt"]
 
