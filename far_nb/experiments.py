@@ -81,7 +81,7 @@ _paper = Preset(                         # the sources of all numbers: PAPER
     far_train=TrainConfig(steps=850_000, batch_size=24, lr=1e-3, lr_discriminator=1e-4, betas=(0.9, 0.999),
                           schedule="milestones", milestones=(200_000, 400_000, 600_000, 800_000), gamma=0.5, eval_every=5_000, **_often),
     face_train=TrainConfig(steps=150_000, batch_size=24, milestones=(100_000,), eval_every=5_000, **_often),
-    hr_train=TrainConfig(steps=150_000, batch_size=16, lr=3e-4, milestones=(40_000, 80_000, 120_000), **_often),
+    hr_train=TrainConfig(steps=150_000, batch_size=16, lr=3e-4, **_often),
     gpu_jobs=1, ablation_steps=150_000, dataset=None, faces=None, masks=None, far_crop="center",
     test_images=36_500, face_images=2_000, hr_images=1_000, ablation_images=500, eval_images=500)
 
@@ -173,12 +173,12 @@ _PICTURES = (
     Setting("side of high-resolution pictures", 512, "hr_size", "paper 4"),
     Setting("step between the sizes of fine-tuning", 16, "hr_step", "released code"),
     Setting("sizes of fine-tuning, one per step", (*range(512, 256, -16), *range(256, 512, 16)), "hr_sizes",
-            "released code: 512 down to 256 and up again (it stays about 52 steps at each size, here one)"),
+            "released code: 512 down to 256 and up again"),
     Setting("side of the largest pictures shown", 1024, "figure_size", "paper, Figures 1 and 7"),
     Setting("scenes to train on", 1_803_460, "places2_images", "Places365-Standard's training list; paper 4: 1.8 million"),
     Setting("crops of pre-training", "resized", "mae_crop", "released MAE code"),
     Setting("their share of the area", (0.2, 1.0), r"crop\.scale", "released MAE code"),
-    Setting("crops of FAR's training", "center", "far_crop", "chosen: the released code squeezes a picture to a square; the same for square files"),
+    Setting("crops of FAR's training", "center", "far_crop", "chosen: not said"),
     Setting("masks: brush, object, union", (0.4, 0.4, 0.2), r"masks\.weights", "released code; the 20 % of unions: paper 4"),
     Setting("masked share of the area", (0.1, 0.5), r"masks\.area", "paper 3.1 and 4"),
     Setting("masked share of the tokens in pre-training", 0.75, r"masks\.token_ratio", "paper 3.1"),
@@ -233,44 +233,44 @@ _PRETRAINING = (
     Setting("MAE, faces: warm-up", 1_320, r"face_mae_train\.warmup_steps", "released MAE code: 10 epochs"),
     Setting("MAE, partial: warm-up", 7_044, r"partial_train\.warmup_steps", "chosen: not said; 2 of the 50 epochs"),
     Setting("MAE: halvings", (), _MAE + "milestones", "released MAE code: a cosine instead"),
-    Setting("MAE: precision", "no", _MAE + "mixed_precision", "chosen: float32 as in all else; the released MAE code computes in float16"))
+    Setting("MAE: precision", "no", _MAE + "mixed_precision", "chosen: not said; float32 as in all else"))
 
 # %% ../nbs/19_experiments.ipynb #6394bec8
 _ADVERSARIAL = (
     Setting("FAR, scenes: steps", 850_000, r"far_train\.steps", "paper 4"),
     Setting("FAR: steps (faces; high resolution; ablations)", 150_000, r"(face|hr)_train\.steps|ablation_steps", "paper 4 (faces, high resolution) and 3 (ablations)"),
-    Setting("FAR: batch", 24, r"(far|face)_train\.batch_size", "paper, Table 6; released configuration: 32"),
-    Setting("high resolution: batch", 16, r"hr_train\.batch_size", "released configuration"),
+    Setting("FAR: batch", 24, r"(far|face)_train\.batch_size", "paper, Table 6; released code: up to 32"),
+    Setting("high resolution: batch", 16, r"hr_train\.batch_size", "released code"),
     Setting("FAR: optimiser", "Adam", r"optimiser\.(acr|discriminator)", "paper 4"),
     Setting("FAR: rate", 1e-3, r"(far|face)_train\.lr", "paper 4"),
-    Setting("high resolution: rate", 3e-4, r"hr_train\.lr", "released configuration"),
-    Setting("discriminator: rate", 1e-4, _ANY + "lr_discriminator", "paper 4; high resolution: released configuration; an MAE has none"),
+    Setting("high resolution: rate", 3e-4, r"hr_train\.lr", "released code"),
+    Setting("discriminator: rate", 1e-4, _ANY + "lr_discriminator", "paper 4; high resolution: not said, the same; an MAE has none"),
     Setting("FAR: betas", (0.9, 0.999), _FAR + "betas", "paper 4"),
-    Setting("FAR: weight decay, warm-up", 0, _FAR + "(weight_decay|warmup_steps)", "released configuration"),
+    Setting("FAR: weight decay, warm-up", 0, _FAR + "(weight_decay|warmup_steps)", "chosen: none is mentioned"),
     Setting("FAR: schedule", "milestones", _FAR + "schedule", "paper 4"),
-    Setting("FAR, scenes: halvings", (200_000, 400_000, 600_000, 800_000), r"far_train\.milestones", "paper 4; released configuration: 600k, 700k, 800k"),
+    Setting("FAR, scenes: halvings", (200_000, 400_000, 600_000, 800_000), r"far_train\.milestones", "paper 4"),
     Setting("FAR, faces: halvings", (100_000,), r"face_train\.milestones", "paper 4"),
-    Setting("high resolution: halvings", (40_000, 80_000, 120_000), r"hr_train\.milestones", "released configuration"),
+    Setting("high resolution: halvings", (), r"hr_train\.milestones", "chosen: none is mentioned"),
     Setting("factor at a halving", 0.5, _ANY + "gamma", "paper 4"),
-    Setting("FAR: precision", "no", _FAR + "mixed_precision", "released configuration: float32"))
+    Setting("FAR: precision", "no", _FAR + "mixed_precision", "chosen: not said; float32"))
 
 # %% ../nbs/19_experiments.ipynb #d006e9b6
 _LOSSES = (
-    Setting("loss: adversarial", 10.0, _ANY + r"losses\.adversarial", "released configuration"),
-    Setting("loss: feature matching", 100.0, _ANY + r"losses\.feature_matching", "released configuration"),
-    Setting("loss: perceptual", 30.0, _ANY + r"losses\.perceptual", "released configuration"),
-    Setting("loss: known pixels", 10.0, _ANY + r"losses\.l1", "released configuration"),
-    Setting("loss: R1 penalty", 0.001, _ANY + r"losses\.r1", "released configuration"),
-    Setting("moving average of the weights", None, _ANY + "ema", "released code: an option (0.998) that its commands leave off"))
+    Setting("loss: adversarial", 10.0, _ANY + r"losses\.adversarial", "released code"),
+    Setting("loss: feature matching", 100.0, _ANY + r"losses\.feature_matching", "released code"),
+    Setting("loss: perceptual", 30.0, _ANY + r"losses\.perceptual", "released code"),
+    Setting("loss: known pixels", 10.0, _ANY + r"losses\.l1", "released code"),
+    Setting("loss: R1 penalty", 0.001, _ANY + r"losses\.r1", "released code"),
+    Setting("moving average of the weights", None, _ANY + "ema", "released code: an option (0.998)"))
 
 _HOUSEKEEPING = (
-    Setting("micro-batches per step", 1, _ANY + "gradient_accumulation", "released configuration"),
+    Setting("micro-batches per step", 1, _ANY + "gradient_accumulation", "chosen"),
     Setting("seed", 0, _ANY + "seed", "chosen: --seeds sets it for each run"),
     Setting("memory layout, compilation, fixed kernels", False, _ANY + "(channels_last|compile|deterministic)", "chosen: they change speed, not arithmetic"),
-    Setting("processes that read pictures", 16, _ANY + "workers", "released MAE code"),
-    Setting("steps between lines of the log", 50, _ANY + "log_every", "released configuration"),
-    Setting("steps between checkpoints", 5_000, _ANY + "save_every", "released configuration"),
-    Setting("steps between evaluations", 5_000, r"(far|face)_train\.eval_every", "released configuration"),
+    Setting("processes that read pictures", 16, _ANY + "workers", "chosen"),
+    Setting("steps between lines of the log", 50, _ANY + "log_every", "chosen"),
+    Setting("steps between checkpoints", 5_000, _ANY + "save_every", "chosen"),
+    Setting("steps between evaluations", 5_000, r"(far|face)_train\.eval_every", "chosen"),
     Setting("MAE: steps between evaluations", 10_000, r"mae_train\.eval_every", "chosen"),
     Setting("not evaluated on the way", 0, r"(partial|face_mae|hr)_train\.eval_every", "chosen: no figure shows their curves"),
     Setting("FAR: steps between sample pages", 5_000, _FAR + "sample_every", "chosen"),
