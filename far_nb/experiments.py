@@ -143,7 +143,7 @@ _photos = Preset(
     mae_train=_mae_train(3_200, 64, lr=1.5e-3, log_every=20, sample_every=800, save_every=200),
     partial_train=_mae_train(800, 64, lr=1e-3, log_every=20, sample_every=400, save_every=200),
     far_train=_far_train(4_000, 16, ema=0.998, mixed_precision="bf16", channels_last=True, log_every=20, eval_every=250, sample_every=1_000, save_every=250),
-    hr_train=TrainConfig(800, 8, lr=3e-4, ema=0.998, mixed_precision="bf16", channels_last=True, log_every=20, sample_every=400, save_every=100),
+    hr_train=TrainConfig(4_000, 8, lr=3e-4, ema=0.998, mixed_precision="bf16", channels_last=True, log_every=20, sample_every=1_000, save_every=100),
     dataset=None, faces=None, test_images=500, face_images=300, hr_images=500, eval_images=64,
     trains=("mae-mixed", "lama", "far-alpha0", "far", "hr-lama", "hr"),
     targets=("table3", "table4", "table5", "figure3", "figure5", "figure6", "figure9"))
