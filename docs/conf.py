@@ -9,13 +9,14 @@ ROOT = Path(__file__).resolve().parent.parent
 project, author = "far_nb", "the far_nb authors"
 extensions = ["myst_nb", "sphinx.ext.autodoc"]
 root_doc = "docs/index"
-include_patterns = ["README.md", "docs/*.md", "nbs/*.ipynb", "nbs/paper/*.ipynb", "figures/*/*.md"]
+include_patterns = ["README.md", "docs/*.md", "nbs/*.ipynb", "nbs/paper/*.ipynb", "figures/*/*.md", "far_nb/weights/*/README.md"]
 exclude_patterns = ["_docs", ".*", "runs", "build", "dist", "tests", "**/.ipynb_checkpoints"]
 html_theme, html_title = "furo", "far_nb"
+html_static_path = html_css_files = ["site.css"]
 
 nb_execution_mode = "off"                        # the outputs are in the notebooks, which the tests execute
 nb_render_markdown_format = "myst"
-myst_enable_extensions = ["dollarmath", "amsmath"]
+myst_enable_extensions = ["dollarmath", "amsmath", "attrs_inline"]
 myst_heading_anchors = 4
 suppress_warnings = ["myst.header", "toc.not_included"]      # a page may begin below the first level; a table belongs to its index
 
@@ -45,8 +46,14 @@ def without_directives(notebook: str) -> str:
     return json.dumps(content)
 
 
+def with_pictures(page: str) -> str:
+    "HTML pictures that lead to their PDF, as GitHub shows them, in MyST's words: Sphinx copies the files that those name."
+    return re.sub(r'<a href="([^"]+)"><img src="([^"]+)" width="(\d+)" alt="([^"]+)"></a>', r"[![\4](\2){width=\3px}](\1)", page)
+
+
 def read(app, document: str, source: list[str]) -> None:
-    "Notebooks without directives; the modules into the page docs/api."
+    "Notebooks without directives; figures that are found; the modules into the page docs/api."
+    if document.startswith("figures/"): source[0] = with_pictures(source[0])
     if document.startswith("nbs/"): source[0] = without_directives(source[0])
     if document == "docs/api":
         source[0] += "".join(f"\n## {name}\n\n```{{eval-rst}}\n.. automodule:: far_nb.{name}\n   :members:\n```\n" for name in modules())

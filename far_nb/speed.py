@@ -27,10 +27,10 @@ class Timing:
     "Readings of the clock for one function, in seconds, one per round; `low` and `high` are the quartiles, between which half of them lie."
     readings: tuple[float, ...]
 
-    median = property(lambda self: float(np.median(self.readings)))
-    low = property(lambda self: float(np.quantile(self.readings, 0.25)))
-    high = property(lambda self: float(np.quantile(self.readings, 0.75)))
-    repeats = property(lambda self: len(self.readings))
+    median = property(lambda self: float(np.median(self.readings)), doc="The middle reading.")
+    low = property(lambda self: float(np.quantile(self.readings, 0.25)), doc="The lower quartile.")
+    high = property(lambda self: float(np.quantile(self.readings, 0.75)), doc="The upper quartile.")
+    repeats = property(lambda self: len(self.readings), doc="How many rounds were measured.")
 
     def over(self, other: "Timing") -> "Timing":
         "Multiples of `other`, a timing of the same `measure`: divided round by round, so that what slows both down cancels."

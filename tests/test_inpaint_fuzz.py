@@ -9,9 +9,11 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
+from packaging.version import Version
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -23,8 +25,9 @@ from test_inpaint import make_far, picture, pixels
 
 FUZZ = os.environ.get("HYPOTHESIS_PROFILE") == "fuzz"
 EXAMPLES, LARGEST = (500, 3000) if FUZZ else (50, 300)
-FORMATS = {"png": ["RGB", "L", "1", "P", "RGBA", "LA", "I;16"], "jpg": ["RGB", "L", "CMYK"], "tif": ["RGB", "L", "1", "P", "RGBA", "CMYK", "I;16", "I;16B", "YCbCr"],
+FORMATS = {"png": ["RGB", "L", "1", "P", "RGBA", "LA", "I;16"], "jpg": ["RGB", "L", "CMYK"], "tif": ["RGB", "L", "1", "P", "RGBA", "CMYK", "I;16", "I;16B"],
            "webp": ["RGB", "RGBA"], "bmp": ["RGB", "L", "P"], "gif": ["P", "L"]}
+if Version(PIL.__version__) >= Version("13"): FORMATS["tif"].append("YCbCr")      # Pillow 12 cannot read back the ones it writes
 MASKS = ["rectangle", "noise", "soft", "scratch", "other size", "empty", "full", "inverted", "torn", "text", "wrong shape"]
 BROKEN = {"torn", "text", "wrong shape"}
 
