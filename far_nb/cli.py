@@ -480,20 +480,35 @@ def inpaint_file(image: Path, mask: Path, out: Path, model: str | None = None, i
     return tally.written[0]
 
 
+def _processes() -> int: return int(os.environ.get("WORLD_SIZE", 1))                 # what torchrun and accelerate launch tell each of theirs
+
+
+def _first_process() -> bool: return int(os.environ.get("RANK", 0)) == 0
+
+
+@contextmanager
+def _one_voice() -> Iterator[None]:
+    "`one_voice`, whose import a single process need not wait for."
+    if _processes() == 1: yield
+    else:
+        from far_nb.training import one_voice
+        with one_voice(): yield
+
+
 def evaluate_method(method: str, data: str = "sample-scenes", size: int = 256, count: int = 128, test_masks: str | None = None,
-                    seed: int = 0, out: Path | None = None) -> dict[str, Any]:
-    "Metrics of a method, or of a folder of inpainted pictures, on fixed test pictures; written to `out` as JSON when given."
-    from far_nb.core import write_json
+                    seed: int = 0) -> dict[str, Any]:
+    "Metrics of a method, or of a folder of inpainted pictures, on fixed test pictures; the processes of a launch share them."
     from far_nb.data import SPLITS, test_set
     from far_nb.evaluation import evaluate
     from far_nb.inpaint import get_method
+    if shared := _processes() > 1:                       # before a network is put on "the" GPU
+        from accelerate import PartialState
+        PartialState()
     folder = Path(method)
     ready = get_method(f"folder:{method}" if folder.is_dir() and not (folder / "config.json").exists() else method)
     divided = data.startswith("sample-") or "{split}" in data or any((Path(data) / part).is_dir() for part in SPLITS)
     test = test_set(data, size, count, split="test" if divided else "all", masks=test_masks)      # a plain folder is measured whole
-    metrics = evaluate(ready, test["images"], test["masks"], names=test["names"], seed=seed, run=ready.name, dataset=data, data_hash=test["hash"])
-    if out: write_json(out, metrics)
-    return metrics
+    return evaluate(ready, test["images"], test["masks"], names=test["names"], seed=seed, run=ready.name, dataset=data, data_hash=test["hash"], shared=shared)
 
 # %% ../nbs/24_cli.ipynb #aa19a6c4
 def _read_pairs(pred: Path, true: Path, masks: Path | None) -> dict[tuple[int, int], list[tuple[str, Any, Any, Any]]]:
@@ -702,10 +717,13 @@ def _evaluate(method: Annotated[str, typer.Argument(help=f"{_METHODS}, mean, or 
     pictures that have the same names.
     """
     from far_nb.core import FarError, require_choice, write_json
-    require_choice("protocol", protocol, ("standard", "paper", "both"))
-    if masks and true is None: raise FarError("--masks goes with two folders: far evaluate FILLED/ TRUE/ --masks MASKS/")
-    if true is None: metrics = evaluate_method(method, data, size, count, test_masks, seed)
-    else: metrics = evaluate_folders(Path(method.removeprefix("folder:")), true, masks, seed)
+    with _one_voice():
+        require_choice("protocol", protocol, ("standard", "paper", "both"))
+        if masks and true is None: raise FarError("--masks goes with two folders: far evaluate FILLED/ TRUE/ --masks MASKS/")
+        if true and _processes() > 1: raise FarError("two folders are compared in one process: leave the launcher out")
+        if true is None: metrics = evaluate_method(method, data, size, count, test_masks, seed)
+        else: metrics = evaluate_folders(Path(method.removeprefix("folder:")), true, masks, seed)
+    if not _first_process(): return                         # all have the same
     if protocol != "both": metrics["metrics"] = [entry for entry in metrics["metrics"] if entry["protocol"] == protocol]
     if out: write_json(out, metrics)
     if as_json: typer.echo(json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False))
@@ -790,9 +808,6 @@ def _list() -> None:
         typer.echo(f"{name:<10} {weights.network:<35} {where}")
 
 # %% ../nbs/24_cli.ipynb #d156270c
-def _first_process() -> bool: return int(os.environ.get("RANK", 0)) == 0
-
-
 def _agree() -> bool:
     "Whether the user wants it; yes where nobody can be asked."
     return not sys.stdin.isatty() or typer.confirm("train?", default=True)
@@ -800,16 +815,13 @@ def _agree() -> bool:
 
 @contextmanager
 def _resumable() -> Iterator[None]:
-    "A training that was stopped by a signal says how it goes on, and exits with 128 + signal; of several processes the first tells of mistakes."
-    from far_nb.core import FarError
+    "A training that was stopped by a signal says how it goes on, and exits with 128 + signal; of several processes one tells."
     from far_nb.training import TrainingStopped
-    try: yield
+    try:
+        with _one_voice(): yield
     except TrainingStopped as stopped:
-        if _first_process(): print(f"far: {stopped}", file=sys.stderr)
+        print(f"far: {stopped}", file=sys.stderr)
         raise typer.Exit(128 + stopped.signal) from None
-    except FarError:
-        if _first_process(): raise
-        raise typer.Exit(2) from None
 
 
 def train_stage(config: Path, **other: Any) -> None:
@@ -871,7 +883,7 @@ def _train_photos(photos: Path | None, out: Path | None, yes: bool, stage: str |
     from far_nb.own import check_folders, train_own
     if photos is None or out is None: raise FarError("far train needs pictures and a folder for the model: far train PHOTOS -o MODEL (or --config FILE)")
     if stage: raise FarError("--stage belongs to --write-config: far train PHOTOS trains MAE and FAR")
-    if "WORLD_SIZE" in os.environ and int(os.environ["WORLD_SIZE"]) > 1: raise FarError("far train PHOTOS runs as one process: for several, write a file for each stage with --write-config and launch those")
+    if _processes() > 1: raise FarError("far train PHOTOS runs as one process: for several, write a file for each stage with --write-config and launch those")
     check_folders(str(photos), out, options["init"])
     with _resumable():
         if options["dry_run"]: train_own(photos, out, say=typer.echo, **options)

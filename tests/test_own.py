@@ -360,6 +360,14 @@ def test_each_wrong_field_is_named(path, value, match):
     assert str(error.value).startswith("mae.yaml: ") and "\n" not in str(error.value)
 
 
+def launch(*arguments):
+    "`far` in two processes, as a cluster would."
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
+                "--mixed_precision", "no", "--dynamo_backend", "no"]         # --cpu would start one process whatever it is told
+    environment = {"PYTHONPATH": str(Path(own.__file__).parent.parent), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run([*launcher, "-m", "far_nb.cli", *map(str, arguments)], capture_output=True, text=True, timeout=300, env=os.environ | environment)
+
+
 def test_stages_train_one_after_the_other(photos, tmp_path, monkeypatch):
     "mae.yaml on two processes, as a cluster would; far.yaml and hr.yaml on what came out, in this one."
     short = {"log_every": 1, "eval_every": 0, "sample_every": 0}
@@ -368,10 +376,7 @@ def test_stages_train_one_after_the_other(photos, tmp_path, monkeypatch):
     values = yaml.safe_load(Path("mae.yaml").read_text())
     values["train"] |= short | {"steps": 2, "batch_size": 4}
     Path("mae.yaml").write_text(yaml.safe_dump(values))
-    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--main_process_port", "0",
-                "--mixed_precision", "no", "--dynamo_backend", "no"]         # --cpu would start one process whatever it is told
-    environment = {"PYTHONPATH": str(Path(own.__file__).parent.parent), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1", "ACCELERATE_USE_CPU": "true"}
-    launched = subprocess.run([*launcher, "-m", "far_nb.cli", "train", "--config", "mae.yaml"], capture_output=True, text=True, timeout=300, env=os.environ | environment)
+    launched = launch("train", "--config", "mae.yaml")
     assert launched.returncode == 0, launched.stderr[-3000:]
     assert launched.stdout.count("model: training/mae/model") == 1
     MAE.from_pretrained("training/mae/model")
@@ -384,7 +389,18 @@ def test_stages_train_one_after_the_other(photos, tmp_path, monkeypatch):
     assert FAR.from_pretrained("training/hr/model").mae is not None
 
 
-def test_only_the_first_process_speaks(tmp_path, monkeypatch):
-    monkeypatch.setenv("RANK", "1")
-    result = call("--config", tmp_path / "absent.yaml")
-    assert result.exit_code == 2 and not isinstance(result.exception, FarError) and not result.output
+def test_a_launched_evaluation_is_shared_and_told_once(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for number in range(33):                                # 32 for the first process, 1 for the second
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (32, 32, 3), np.uint8)).save(tmp_path / "pictures" / f"{number:02d}.png")
+    options = ["evaluate", "telea", "--data", str(tmp_path / "pictures"), "--size", "32", "--count", "33", "--json"]
+    launched, alone = launch(*options, "-o", tmp_path / "metrics.json"), CliRunner().invoke(app, options)
+    assert launched.returncode == 0, launched.stderr[-3000:]
+    shared, single = json.loads(launched.stdout), json.loads(alone.stdout)
+    assert shared["images"] == 33 and json.loads((tmp_path / "metrics.json").read_text()) == shared
+    values = [[entry["value"] or entry["reason"] for entry in found["metrics"]] for found in (shared, single)]
+    for one, other in zip(*values, strict=True): assert one == (other if isinstance(other, str) else pytest.approx(other, rel=1e-9))        # threads change the last bit
+    for name, each in single["per_image"].items(): assert shared["per_image"][name] == pytest.approx(each, rel=1e-6), name
+    refused = launch("evaluate", tmp_path, tmp_path)
+    told = [line for line in refused.stderr.splitlines() if "far: " in line]
+    assert refused.returncode and len(told) == 1 and "leave the launcher out" in told[0], refused.stderr[-3000:]
