@@ -28,15 +28,33 @@ METRICS = ("PSNR", "SSIM", "LPIPS (lite0)", "FID (lite0)")
 CHECK = {"source": "sample-scenes", "size": 256, "picture": 0}
 
 
-def card_table(runs: Path, preset: str, seed: int) -> str:
-    "Measured rows of Table 5 as Markdown: mean and 95 % interval over the test pictures, standard protocol."
+def measured(runs: Path, preset: str, seed: int) -> pd.DataFrame:
+    "Measured cells of Table 5 in the standard protocol: mean and 95 % interval over the test pictures."
     frame = table(5, runs, preset, [seed])
-    frame = frame[(frame["protocol"] == "standard") & frame["measured"].notna() & frame["metric"].isin(METRICS)]
+    return frame[(frame["protocol"] == "standard") & frame["measured"].notna() & frame["metric"].isin(METRICS)]
+
+
+def card_table(frame: pd.DataFrame) -> str:
+    "The cells as Markdown."
     text = lambda line: f"{line['measured']:.3f}" + ("" if pd.isna(line["ci_low"]) else f" [{line['ci_low']:.3f}, {line['ci_high']:.3f}]")
     lines = [f"| test pictures: method | {' | '.join(METRICS)} |", "|---" * (len(METRICS) + 1) + "|"]
     for row, cells in frame.groupby("row", sort=False):
         values = {line["metric"]: text(line) for _, line in cells.iterrows()}
         lines.append(f"| {row} | {' | '.join(values.get(metric, '–') for metric in METRICS)} |")
+    return "\n".join(lines)
+
+
+def standing(frame: pd.DataFrame) -> str:
+    "In words, set by set: which methods' intervals lie apart from FAR's, and on which side."
+    lines = []
+    for (pictures, metric), cells in frame[frame["ci_low"].notna()].groupby([frame["row"].str.partition(": ")[0], "metric"], sort=False):
+        cells = cells.set_index(cells["row"].str.partition(": ")[2])
+        far, found = cells.loc["FAR"], {"better than": [], "worse than": [], "not to be told from": []}
+        for name, other in cells.drop("FAR").iterrows():
+            apart = other["ci_low"] > far["ci_high"] or other["ci_high"] < far["ci_low"]
+            above = (far["measured"] > other["measured"]) == (metric in ("PSNR", "SSIM"))
+            found["not to be told from" if not apart else "better than" if above else "worse than"].append(name)
+        lines.append(f"- {pictures}, {metric}: " + "; ".join(f"{verdict} {', '.join(names)}" for verdict, names in found.items() if names) + ".")
     return "\n".join(lines)
 
 
@@ -104,6 +122,10 @@ only. 'scenes' are {size} px, 'HR scenes' {hr_size} px; this model is the row 'H
 
 {measured}
 
+FAR by these intervals alone (*not to be told from*: they overlap; the notes of Table 5 in `figures/{preset}` compare picture by picture, which decides more):
+
+{standing}
+
 ## Limits
 
 - Trained on pictures of at most {hr_size} px: large holes in large pictures come out soft; `inpaint` fills those from a reduced view.
@@ -129,10 +151,11 @@ def main(run: Annotated[Path, typer.Argument(help="Folder of a finished FAR run,
         size = (out / "model.safetensors").stat().st_size
         if size > LIMIT: raise FarError(f"{out}/model.safetensors has {size / 1e6:.1f} MB, {LIMIT / 1e6:.0f} MB fit the package: choose narrower networks")
         packaged, runs = FAR.from_pretrained(out), history(run, preset, resolve(scale, options["experiment"]))
+        found = measured(run.parent.parent, preset, seed)
         write_json(out / "check.json", recorded(packaged))
         text = CARD.format(name=out.name, parameters=sum(tensor.numel() for tensor in far.state_dict().values()), megabytes=size / 1e6, preset=preset, data=data,
                            masks=masks, seed=seed, device=device, trained="\n".join(map(trained_line, runs)), mae_size=scale.mae.image_size, grid=scale.mae.grid,
-                           images=scale.test_images, size=scale.image_size, hr_size=scale.hr_size, measured=card_table(run.parent.parent, preset, seed))
+                           images=scale.test_images, size=scale.image_size, hr_size=scale.hr_size, measured=card_table(found), standing=standing(found))
         with atomic_path(out / "sample.jpg") as temporary: picture(out).save(temporary, "JPEG", quality=85)
         with atomic_path(out / "README.md") as temporary: temporary.write_text(text, encoding="utf-8")
         typer.echo(f"{out}: {size / 1e6:.1f} MB; PSNR {read_json(out / 'check.json')['psnr']:.2f} dB on {CHECK['source']}")
