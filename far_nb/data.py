@@ -29,6 +29,14 @@ def _name_of(source: Any, name: str | None) -> str:
     return name or (str(source) if isinstance(source, (str, os.PathLike)) else str(getattr(source, "name", "picture")))
 
 
+def _words(exif: Image.Exif) -> Image.Exif:
+    "What a picture's EXIF says in words: description, make, model, software, date, artist, copyright."
+    words = Image.Exif()
+    for tag in (0x010E, 0x010F, 0x0110, 0x0131, 0x0132, 0x013B, 0x8298):
+        if isinstance(exif.get(tag), str): words[tag] = exif[tag]
+    return words
+
+
 def _decode(source: str | os.PathLike | bytes | BinaryIO, name: str, at_least: int | None) -> Image.Image:
     "The picture as stored, upright and fully loaded; JPEGs reduced while decoding as long as both sides keep `at_least` pixels."
     image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
@@ -36,7 +44,9 @@ def _decode(source: str | os.PathLike | bytes | BinaryIO, name: str, at_least: i
         factor = at_least / min(image.size)
         image.draft(None, (math.ceil(image.width * factor), math.ceil(image.height * factor)))
     image.load()
-    return ImageOps.exif_transpose(image)
+    upright = ImageOps.exif_transpose(image)
+    if image.format == "TIFF" and (words := _words(image.getexif())): upright.info["exif"] = words.tobytes()      # where other files have it
+    return upright
 
 
 def _open(source: str | os.PathLike | bytes | BinaryIO, name: str | None, at_least: int | None = None) -> Image.Image:
@@ -54,12 +64,15 @@ def _open(source: str | os.PathLike | bytes | BinaryIO, name: str | None, at_lea
         raise FarError(f"{name}: damaged or cut off ({type(error).__name__}: {error})") from None
 
 # %% ../nbs/02_data.ipynb #6d9d8b31
+def _transparent(image: Image.Image) -> bool: return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
 def _eight_bit(image: Image.Image, name: str) -> Image.Image:
     "RGB copy: 16-bit grey scaled (not clipped), transparency over white, palettes, CMYK and 1-bit converted."
     if image.mode.startswith("I"):
         return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8)).convert("RGB")
     if image.mode == "F": raise FarError(f"{name}: a floating-point picture has no agreed range: save it with 8 or 16 bits per channel")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if _transparent(image):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -73,14 +86,26 @@ def read_image(source: str | os.PathLike | bytes | BinaryIO, name: str | None = 
     return _eight_bit(_open(source, name, at_least), _name_of(source, name))
 
 # %% ../nbs/02_data.ipynb #39455afd
+def _hole_of(image: Image.Image, name: str) -> np.ndarray:
+    "Where a mask picture (H,W) is bright, as bool; of strokes in one colour on transparency, where the strokes are."
+    if image.mode.startswith("I"): values = np.asarray(image)
+    elif _transparent(image):
+        pixels = np.asarray(image.convert("RGBA")).astype(np.int64)
+        painted = pixels[pixels[..., 3] >= 128, :3]
+        strokes = 0 < len(painted) < pixels[..., 3].size and painted.std(0).max() < 16       # of one colour: black, white or red, they are the hole
+        values = pixels[..., 3] if strokes else np.asarray(image.convert("RGBA").convert("L")) * pixels[..., 3] // 255
+    else: values = np.asarray(_eight_bit(image, name).convert("L"))
+    white = next((white for white in (1, 255) if values.max(initial=0) <= white), 65535)      # zeros and ones look black, and mean what they say
+    return values >= white / 2
+
+
 def read_mask(source: str | os.PathLike | bytes | BinaryIO, size: tuple[int, int] | None = None, invert: bool = False,
               name: str | None = None) -> np.ndarray:
     """Bool mask (H,W), True = hole (bright), from a path, bytes or an open file; soft masks are cut at one half.
 
-    `size` (width, height): resized to it by nearest neighbour. `invert`: dark is the hole. Unreadable: `FarError` naming the file."""
-    values = np.asarray(_eight_bit(_open(source, name), _name_of(source, name)).convert("L"))
-    hole = values > (0 if values.max() <= 1 else 127)      # a mask saved as zeros and ones looks black, and means what it says
-    hole = hole ^ invert
+    `size` (width, height): resized to it by nearest neighbour. `invert`: dark is the hole. Of strokes in one colour on transparency
+    the strokes are the hole; other transparent masks lie on black. Unreadable: `FarError` naming the file."""
+    hole = _hole_of(_open(source, name), _name_of(source, name)) ^ invert
     if size is not None and size != (hole.shape[1], hole.shape[0]):
         hole = np.asarray(Image.fromarray(hole).resize(size, Image.Resampling.NEAREST))
     return np.array(hole, bool)

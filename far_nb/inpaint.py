@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'get_method', 'mask_from_alpha', 'mask_from_color', 'get_ready', 'Filled', 'inpaint',
-           'picture_format', 'read_deep', 'save_picture']
+           'lost_in_format', 'picture_format', 'read_deep', 'save_picture']
 
 # %% ../nbs/14_inpaint.ipynb #33b4246e
-import importlib, os, struct, time, zlib
+import importlib, io, os, re, struct, time, zlib
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import Any, BinaryIO, Callable, Iterator, Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageColor
+from PIL import Image, ImageColor, PngImagePlugin
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .core import FarError, atomic_path, denormalise
-from .data import _eight_bit, _open, read_image, read_mask
+from .data import _eight_bit, _hole_of, _open, _transparent, _words, read_image, read_mask
 from .far import FAR, composite, mae_view, shipped_models
 from .mae import MAE
 
@@ -191,6 +191,9 @@ def get_method(spec: "str | os.PathLike | FAR | MAE | Method | None", device: "s
     raise FarError(f"unknown method '{spec}': choose one of {valid}, or give the folder of a trained model")
 
 # %% ../nbs/14_inpaint.ipynb #00a4d5ee
+_TOO_LARGE = "not enough memory: give a smaller max_side or picture, or device='cpu'"
+
+
 @contextmanager
 def _computing(method: Method) -> Iterator[None]:
     "Mixed precision on a GPU; too little memory as a `FarError`."
@@ -198,8 +201,8 @@ def _computing(method: Method) -> Iterator[None]:
     try:
         with torch.autocast("cuda", torch.bfloat16, enabled=device == "cuda"): yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "not enough memory" not in str(error): raise
-        raise FarError("not enough memory: give a smaller max_side, or device='cpu'") from None
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not re.search("not enough memory|can't allocate memory", str(error)): raise
+        raise FarError(_TOO_LARGE) from None
 
 
 _Job = tuple[Tensor, Tensor, str]      # image (3,h,w) in [0,1], hole (h,w) bool, name
@@ -443,9 +446,10 @@ def _with_pixels(picture: Image.Image, pixels: np.ndarray) -> Image.Image:
 def _hole(mask: Any, size: tuple[int, int], invert: bool = False) -> np.ndarray:
     "Bool (H,W) of the picture's `size` (width, height) from a file, PIL image, array or tensor (H,W), (1,H,W) or (H,W,1)."
     if isinstance(mask, (str, os.PathLike, bytes)) or hasattr(mask, "read"): return read_mask(mask, size, invert, name=_name(mask, "mask"))
-    if isinstance(mask, Image.Image): values = np.asarray(mask if _loaded(mask, "mask").mode == "F" else _eight_bit(mask, "mask").convert("L"))
+    if isinstance(mask, Image.Image) and _loaded(mask, "mask").mode != "F": values = _hole_of(mask, "mask")
     else:
         values = np.asarray(mask.detach().cpu().float() if isinstance(mask, Tensor) else mask)
+        if values.ndim == 3 and values.shape[-1] == 3 and values.dtype == np.uint8: values = np.asarray(Image.fromarray(values).convert("L"))
         if values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]): values = values.squeeze(0 if values.shape[0] == 1 else -1)
         if values.ndim != 2 or not values.size or values.dtype.kind not in "biuf":
             raise FarError(f"expected a mask (H,W) or (1,H,W) of numbers, got {type(mask).__name__} of shape {np.shape(values)}")
@@ -497,7 +501,9 @@ def _name(image: Any, fallback: str = "picture") -> str:
 def _array_of(image: Any, name: str) -> np.ndarray:
     "An array picture, or a tensor's (C,H,W) as (H,W,C), checked: shape, type, range of floats."
     values = image.detach().cpu() if isinstance(image, Tensor) else image
-    if isinstance(image, Tensor): values = (values.float() if values.dtype == torch.bfloat16 else values).movedim(0, -1).numpy() if image.ndim == 3 else values.numpy()
+    if isinstance(image, Tensor):
+        values = values.float() if values.dtype == torch.bfloat16 else values
+        values = (values.movedim(0, -1) if values.ndim == 3 else values).numpy()
     if values.ndim not in (2, 3) or not values.size or values.ndim == 3 and values.shape[-1] > 4:
         raise FarError(f"{name}: expected a picture (H,W) or {'(C,H,W)' if isinstance(image, Tensor) else '(H,W,C)'} with 1 to 4 channels, got shape {tuple(image.shape)}")
     if values.dtype.str[1:] not in _WHITE or values.dtype == np.int32:
@@ -602,9 +608,10 @@ def _mae_of(method: Method, task: _Task, side: int | None) -> tuple[Tensor | Non
 
 # %% ../nbs/14_inpaint.ipynb #cba6cd99
 def _attempt(function: Callable, *arguments: Any) -> Any:
-    "The function's value, or the `FarError` that it raised."
+    "The function's value, or the `FarError` that it raised; too little memory is one."
     try: return function(*arguments)
     except FarError as error: return error
+    except MemoryError: return FarError(_TOO_LARGE)
 
 
 def _predict_whole(method: Method, tasks: Sequence[_Task]) -> list[Tensor | FarError]:
@@ -630,14 +637,26 @@ def _fill_tasks(method: Method, tasks: Sequence[_Task], max_side: int | None, de
     return results
 
 # %% ../nbs/14_inpaint.ipynb #5d9159a3
-def _inpaint_some(images: Sequence[Any], masks: Sequence[Any], names: Sequence[str], model: Any, invert: bool, device: Any,
-                  max_side: int | None, detail: bool, return_all: bool) -> list[Any]:
-    "`inpaint` for a few pictures: their results, or the `FarError` of each that failed."
+def _tasks(images: Sequence[Any], masks: Sequence[Any], names: Sequence[str], invert: bool, count: int, pixels: int = 1 << 24) -> Iterator[tuple[list[_Task | FarError], float]]:
+    "Pictures read, or the `FarError` of each that can't be, and the seconds that it took: at most `count` at a time, of about `pixels` pixels together."
+    group, seconds, area = [], 0.0, 0
+    for image, mask, name in zip(images, masks, names):
+        start = time.perf_counter()
+        task = _attempt(_Task, image, mask, invert, name)
+        if isinstance(task, FarError) and name not in str(task): task = FarError(f"{name}: {task}")
+        seconds, area = seconds + time.perf_counter() - start, area + (0 if isinstance(task, FarError) else task.hole.numel())
+        group.append(task)
+        if len(group) == count or area >= pixels:
+            yield group, seconds
+            group, seconds, area = [], 0.0, 0
+    if group: yield group, seconds
+
+
+def _inpaint_some(tasks: Sequence["_Task | FarError"], seconds: float, model: Any, device: Any, max_side: int | None, detail: bool, return_all: bool) -> list[Any]:
+    "`inpaint` for a few pictures, read in `seconds`: their results, or the `FarError` of each that failed."
     clock = [time.perf_counter()]
     tick = lambda: clock.append(time.perf_counter()) or clock[-1] - clock[-2]
-    tasks = [_attempt(_Task, image, mask, invert, name) for image, mask, name in zip(images, masks, names)]
-    tasks = [FarError(f"{name}: {task}") if isinstance(task, FarError) and name not in str(task) else task for task, name in zip(tasks, names)]
-    seconds, sound = {"read": tick()}, [task for task in tasks if isinstance(task, _Task)]
+    seconds, sound = {"read": seconds}, [task for task in tasks if isinstance(task, _Task)]
     method = get_ready(model, device) if any(not task.empty for task in sound) else None
     seconds["load"] = tick()
     predictions = _fill_tasks(method, sound, max_side, detail) if method else {}
@@ -645,7 +664,7 @@ def _inpaint_some(images: Sequence[Any], masks: Sequence[Any], names: Sequence[s
     results = []
     for task in tasks:
         found = task if isinstance(task, FarError) else predictions.get(sound.index(task))
-        result = found if isinstance(found, FarError) else task.finish(found)
+        result = found if isinstance(found, FarError) else _attempt(task.finish, found)
         if return_all and not isinstance(result, FarError):
             extras = (None, None) if found is None else _mae_of(method, task, method.side if max_side is None else max_side)
             result = Filled(result, found, task.hole, *extras, {**seconds, "write": tick()})
@@ -660,36 +679,53 @@ def inpaint(image: Any, mask: Any, model: "str | os.PathLike | FAR | MAE | Metho
 
     `image`: PIL image (taken as it is), file, bytes (turned upright by EXIF; a PIL image comes back; `read_deep` keeps 16-bit colours), array (H,W[,C]) or tensor
     ([C,]H,W) of uint8, uint16, bool, or floats in [0,1]; or a list of these, of any sizes, or an array (B,H,W,C) or tensor (B,C,H,W).
-    `mask`: the same kinds, bright or True = hole (`invert`: dark), resized to the picture; a list, or one for all.
+    `mask`: PIL image, file, bytes, array or tensor (H,W), (1,H,W) or (H,W,1), or array (H,W,3) of uint8; bright or True = hole (`invert`:
+    dark), resized to the picture; a list or a stack of as many as there are pictures, or one for all.
     `model`: whatever `get_method` takes; None is the model in the package. `device`: of models that are loaded.
     `max_side`: the longest side that the model is given at once (None: what it is good at); larger pictures are filled from coarse to
     fine in windows of it, with `detail=False` once, reduced. `return_all`: a `Filled` instead of the picture.
     No hole: an unchanged copy. All hole, unreadable files, unknown models: `FarError`; in a list, it stands in the bad picture's place.
     """
-    if max_side is not None and (not isinstance(max_side, int) or max_side < 64): raise FarError(f"max_side={max_side}: give a whole number of at least 64 pixels, or None")
+    if max_side is not None and (not isinstance(max_side, (int, np.integer)) or max_side < 64): raise FarError(f"max_side={max_side}: give a whole number of at least 64 pixels, or None")
     if batch_size < 1: raise FarError(f"batch_size={batch_size}: give at least 1")
-    options = (model, invert, device, max_side, detail, return_all)
+    options = (model, device, max_side, detail, return_all)
     stacked = isinstance(image, (np.ndarray, Tensor)) and image.ndim == 4
+    dimensions = getattr(mask, "ndim", 0)
+    if dimensions == 4 and len(mask) == 1: mask, dimensions = mask[0], 3
     if not stacked and not isinstance(image, (list, tuple)):
-        result, = _inpaint_some([image], [mask], [_name(image)], *options)
+        (group, seconds), = _tasks([image], [mask], [_name(image)], invert, 1)
+        result, = _inpaint_some(group, seconds, *options)
         if isinstance(result, FarError): raise result
         return result
-    masks = list(mask) if isinstance(mask, (list, tuple)) or getattr(mask, "ndim", 0) == 4 else [mask] * len(image)
+    one_each = isinstance(mask, (list, tuple)) or dimensions == 4 or dimensions == 3 and 1 < len(mask) == len(image) and mask.shape[-1] not in (1, 3)
+    masks = list(mask) if one_each else [mask] * len(image)
     if len(masks) != len(image): raise FarError(f"{len(image)} pictures need as many masks, or one for all, got {len(masks)}")
     names, results = [_name(each, f"picture {number}") for number, each in enumerate(image, start=1)], []
-    for start in range(0, len(masks), batch_size):
-        part = slice(start, start + batch_size)
-        results += _inpaint_some(image[part], masks[part], names[part], *options)
+    for group, seconds in _tasks(image, masks, names, invert, batch_size): results += _inpaint_some(group, seconds, *options)
     if not stacked: return results
     for result in results:
         if isinstance(result, FarError): raise result
     if return_all: return results
+    if not results: return image.clone() if isinstance(image, Tensor) else image.copy()
     return torch.stack(results) if isinstance(image, Tensor) else np.stack(results)
 
 # %% ../nbs/14_inpaint.ipynb #aa4c5c21
 _HOLDS = {"PNG": ("1", "L", "LA", "I", "I;16", "P", "RGB", "RGBA"), "JPEG": ("L", "RGB", "CMYK"), "WEBP": ("RGB", "RGBA"), "GIF": ("1", "L", "P"),
-          "TIFF": ("1", "L", "LA", "I", "I;16", "I;16B", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"), "BMP": ("1", "L", "P", "RGB"), "JPEG2000": ("L", "LA", "RGB", "RGBA")}
+          "TIFF": ("1", "L", "LA", "I", "I;16", "I;16B", "P", "RGB", "RGBA", "CMYK", "YCbCr", "LAB"), "BMP": ("1", "L", "P", "RGB"), "AVIF": ("RGB", "RGBA"),
+          "TGA": ("1", "L", "LA", "P", "RGB", "RGBA"), "PPM": ("1", "L", "I", "I;16", "RGB"), "JPEG2000": ("L", "LA", "RGB", "RGBA")}
 _FAMILY = {"L": "grey", "LA": "grey", "1": "grey", "I": "grey", "I;16": "grey", "I;16B": "grey", "CMYK": "CMYK"}      # of a colour profile; all others: RGB
+
+
+def lost_in_format(picture: "Image.Image | np.ndarray", path: "str | os.PathLike") -> list[str]:
+    "What the format of `path` cannot hold of a picture (of PIL, or `read_deep`'s array), in words; empty: nothing."
+    kind = picture_format(path)
+    holds, deep = _HOLDS.get(kind, ("L", "RGB")), isinstance(picture, np.ndarray)
+    if deep: kept, clear = kind in ("PNG", "TIFF"), picture.shape[-1] == 4
+    else: kept, clear = not picture.mode.startswith("I") or _for_format(picture, kind).mode.startswith("I"), _transparent(picture)
+    lost = [] if kept else ["16 bits"]
+    if clear and not ("RGBA" in holds or not deep and picture.mode in holds and kind == "GIF"): lost.append("transparency")
+    if not deep and picture.mode in ("CMYK", "YCbCr", "LAB", "HSV") and picture.mode not in holds: lost.append(f"its {picture.mode} values (now RGB)")
+    return lost
 
 
 def picture_format(path: "str | os.PathLike") -> str:
@@ -715,6 +751,14 @@ _TURNED = {2: lambda a: a[:, ::-1], 3: lambda a: a[::-1, ::-1], 4: lambda a: a[:
            7: lambda a: a[::-1, ::-1].swapaxes(0, 1), 8: np.rot90}      # EXIF's orientations, upright
 
 
+def _as_stored(content: bytes) -> bytes:
+    "A file's bytes, without a TIFF's tag of orientation: OpenCV turns some by it and fails at others."
+    if content[:4] not in (b"II*\0", b"MM\0*"): return content
+    with importlib.import_module("tifffile").TiffFile(io.BytesIO(content)) as file:
+        tag, order = file.pages[0].tags.get(0x0112), "little" if file.byteorder == "<" else "big"
+    return content if tag is None else content[:tag.valueoffset] + (1).to_bytes(2, order) + content[tag.valueoffset + 2:]
+
+
 def read_deep(path: "str | os.PathLike") -> np.ndarray | None:
     "RGB or RGBA (H,W,C) uint16, upright, of a PNG or TIFF file with 16 bits per colour; None of any other file. Damaged: `FarError`."
     try:
@@ -723,23 +767,42 @@ def read_deep(path: "str | os.PathLike") -> np.ndarray | None:
     if not deep: return None
     _open(path, os.fspath(path))                                  # OpenCV takes half a file for a whole one
     cv2 = importlib.import_module("cv2")
-    values = cv2.imread(os.fspath(path), cv2.IMREAD_UNCHANGED)
+    values = cv2.imdecode(np.frombuffer(_as_stored(Path(path).read_bytes()), np.uint8), cv2.IMREAD_UNCHANGED)
     if values is None or values.dtype != np.uint16 or values.ndim != 3: return None
     return np.ascontiguousarray(_TURNED.get(turned, np.asarray)(values[..., [2, 1, 0, 3][:values.shape[-1]]]))
 
 
+def _said(info: dict[str, Any]) -> Image.Exif:
+    "A picture's EXIF in words."
+    exif = Image.Exif()
+    exif.load(info.get("exif") or b"")
+    return _words(exif)
+
+
+def _texts(info: dict[str, Any]) -> PngImagePlugin.PngInfo | None:
+    "The texts of a PNG, by their names."
+    texts = PngImagePlugin.PngInfo()
+    for name, text in info.items():
+        if isinstance(text, str) and name != "compression": texts.add_itxt(name, text) if isinstance(text, PngImagePlugin.iTXt) else texts.add_text(name, text)
+    return texts if texts.chunks else None
+
+
 def _write_deep(values: np.ndarray, file: Path, kind: str, info: dict[str, Any]) -> None:
-    "A 16-bit colour array as PNG or TIFF, with colour profile and resolution."
-    profile, dpi = info.get("icc_profile"), tuple(float(value) for value in info.get("dpi") or ())
+    "A 16-bit colour array as PNG or TIFF, with colour profile, resolution and words."
+    profile, dpi, words = info.get("icc_profile"), tuple(float(value) for value in info.get("dpi") or ()), dict(_said(info))
     if kind == "TIFF":
         options = {"resolution": dpi, "resolutionunit": "INCH"} if dpi else {}
         if values.shape[-1] == 4: options["extrasamples"] = ["UNASSALPHA"]
-        importlib.import_module("tifffile").imwrite(file, values, photometric="rgb", iccprofile=profile, metadata=None, **options)
+        options |= {"description": words.pop(0x010E, None), "software": words.pop(0x0131, False)}
+        importlib.import_module("tifffile").imwrite(file, values, photometric="rgb", iccprofile=profile, metadata=None,
+                                                    extratags=[(tag, "s", 0, text, True) for tag, text in words.items()], **options)
         return
     _, encoded = importlib.import_module("cv2").imencode(".png", values[..., [2, 1, 0, 3][:values.shape[-1]]])
     chunk = lambda name, body: struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
     extra = chunk(b"iCCP", b"ICC Profile\0\0" + zlib.compress(profile)) if profile else b""
     if dpi: extra += chunk(b"pHYs", struct.pack(">IIB", *(round(value / 0.0254) for value in dpi), 1))
+    if words: extra += chunk(b"eXIf", _said(info).tobytes().removeprefix(b"Exif\0\0"))
+    extra += b"".join(chunk(name, body) for name, body, *_ in getattr(_texts(info), "chunks", ()))
     data = encoded.tobytes()
     file.write_bytes(data[:33] + extra + data[33:])               # right after the header
 
@@ -762,11 +825,13 @@ def save_picture(picture: "Image.Image | np.ndarray", path: "str | os.PathLike",
 def _write(picture: "Image.Image | np.ndarray", file: Path, kind: str, quality: int | None, info: dict[str, Any] | None) -> None:
     if isinstance(picture, np.ndarray):
         picture = Image.fromarray(np.rint(picture / 257).astype(np.uint8))
-        picture.info = {key: value for key, value in (info or {}).items() if key in ("dpi", "icc_profile")}
+        picture.info = {**(info or {}), "exif": _said(info or {}).tobytes()}      # in words: the array is upright, whatever the file said
     ready = _for_format(picture, kind)
     options: dict[str, Any] = {}
     if kind in ("PNG", "JPEG", "TIFF") and all(0 < float(value) < 1e6 for value in picture.info.get("dpi") or [0]): options["dpi"] = picture.info["dpi"]
-    if kind in ("PNG", "JPEG", "WEBP") and 0 < len(picture.info.get("exif") or b"") < 65_000: options["exif"] = picture.info["exif"]
+    if kind in ("PNG", "JPEG", "WEBP") and 0 < len(picture.info.get("exif") or b"") < 65_000: options["exif"] = b"Exif\0\0" + picture.info["exif"].removeprefix(b"Exif\0\0")      # WebP's comes without
+    if kind == "TIFF" and (words := dict(_said(picture.info))): options["tiffinfo"] = words
+    if kind == "PNG" and (texts := _texts(picture.info)): options["pnginfo"] = texts
     if _FAMILY.get(ready.mode, "RGB") == _FAMILY.get(picture.mode, "RGB") and picture.info.get("icc_profile"): options["icc_profile"] = picture.info["icc_profile"]
     else: ready.info.pop("icc_profile", None)
     if kind == "TIFF" and picture.info.get("compression") in ("tiff_lzw", "tiff_adobe_deflate", "packbits"): options["compression"] = picture.info["compression"]

@@ -237,7 +237,7 @@ def test_batches_come_back_stacked(far):
     for one, image in zip(result, images): assert torch.allclose(one, inpaint(image, mask, far), atol=1e-5)
     array = inpaint(images.movedim(1, -1).numpy(), mask[None].expand(3, -1, -1)[:, None].numpy(), far)
     assert np.allclose(array, result.movedim(1, -1), atol=1e-5)
-    with pytest.raises(FarError, match="3 pictures need as many masks"): inpaint(images, mask[None, None], far)
+    with pytest.raises(FarError, match="3 pictures need as many masks"): inpaint(images, mask.expand(2, 1, -1, -1), far)
 
 
 def test_a_list_is_filled_in_batches_and_a_bad_one_stands_for_itself(far, tmp_path, monkeypatch):
@@ -396,8 +396,61 @@ def test_devices_that_are_not_there_are_named(photograph, far, tmp_path):
 def test_too_little_memory_is_one_line(photograph):
     def greedy(images, masks, names): raise torch.OutOfMemoryError("CUDA out of memory")
     with pytest.raises(FarError, match="max_side"): inpaint(photograph, square_mask(photograph.size), Method("greedy", greedy))
+    def real(images, masks, names): return torch.empty(10 ** 14)
+    with pytest.raises(FarError, match="max_side"): inpaint(photograph, square_mask(photograph.size), Method("real", real))
     def broken(images, masks, names): raise RuntimeError("a bug of ours")
     with pytest.raises(RuntimeError, match="a bug of ours"): inpaint(photograph, square_mask(photograph.size), Method("broken", broken))
+
+
+def test_masks_of_sixteen_bits_and_of_few_values(photograph, tmp_path):
+    hole = square_mask(photograph.size)
+    for white in (1, 255, 65535):
+        Image.fromarray((hole * white).astype(np.uint16)).save(tmp_path / "mask.png")
+        for mask in (tmp_path / "mask.png", Image.fromarray((hole * white).astype(np.int32)), (hole * white).astype(np.int32)):
+            assert np.array_equal(pixels(inpaint(photograph, mask, "mean")), pixels(inpaint(photograph, hole, "mean")))
+
+
+@pytest.mark.parametrize("colour", ["black", "white", "red"])
+def test_strokes_on_transparency_are_the_hole(colour, photograph, tmp_path):
+    hole = square_mask(photograph.size)
+    strokes = Image.new("RGBA", photograph.size, colour)
+    strokes.putalpha(Image.fromarray((hole * 255).astype(np.uint8)))
+    strokes.save(tmp_path / "strokes.png")
+    for mask in (strokes, tmp_path / "strokes.png"):
+        assert np.array_equal(pixels(inpaint(photograph, mask, "mean")), pixels(inpaint(photograph, hole, "mean")))
+    both = Image.fromarray(np.where(hole, 255, 0).astype(np.uint8)).convert("RGBA")           # black and white, with a transparent edge
+    both.putpixel((0, 0), (255, 255, 255, 0))
+    assert np.array_equal(pixels(inpaint(photograph, both, "mean")), pixels(inpaint(photograph, hole, "mean")))
+
+
+def test_stacks_of_masks(photograph):
+    hole = torch.from_numpy(square_mask(photograph.size))
+    images, masks = torch.rand(2, 3, *hole.shape), torch.stack([hole, hole.flip(0)])
+    one_by_one = torch.stack([inpaint(image, mask, "mean") for image, mask in zip(images, masks)])
+    for stack in (masks, masks[:, None], list(masks), masks.numpy(), masks[:, None].float()): assert torch.equal(inpaint(images, stack, "mean"), one_by_one)
+    for mask in (hole, hole[None], hole[None, None], hole[..., None]): assert torch.equal(inpaint(images, mask, "mean")[0], one_by_one[0])
+    assert torch.equal(inpaint(images[0], hole[None, None], "mean"), one_by_one[0])
+    colour = np.repeat(hole.numpy()[..., None] * np.uint8(255), 3, -1)
+    assert torch.equal(inpaint(images[0], colour, "mean"), one_by_one[0])
+    assert inpaint(images[:0], hole, "mean").shape == images[:0].shape and inpaint(images[:0].numpy(), hole, "mean").shape == images[:0].shape
+    grey = inpaint(images[0, 0].bfloat16(), hole, "mean", max_side=np.int64(64))
+    assert grey.dtype == torch.bfloat16 and torch.equal(grey[~hole], images[0, 0].bfloat16()[~hole])
+
+
+def test_lists_are_read_a_few_at_a_time(monkeypatch):
+    "Sixteen large pictures do not lie in memory at once: what is read is filled before the next is read."
+    read = []
+    def fill(images, masks, names): read.append("fill"); return images * 0
+    from far_nb import inpaint as module
+    begin = module._Task.__init__
+    monkeypatch.setattr(module._Task, "__init__", lambda task, *given: read.append("read") or begin(task, *given))
+    large, mask = np.zeros((4096, 4096), np.uint8), np.zeros((4096, 4096), np.uint8)
+    mask[:9, :9] = 1
+    inpaint([large, large], mask, Method("spy", fill))
+    assert read == ["read", "fill"] * 2
+    read.clear()
+    inpaint([large[:64, :64]] * 3, mask[:64, :64], Method("spy", fill))
+    assert read == ["read"] * 3 + ["fill"]
 
 
 def test_masks_from_the_picture_itself(photograph, tmp_path):
