@@ -19,7 +19,7 @@ from PIL import Image
 from .core import FarError, rng
 from .data import _eight_bit, _open, sample_scenes
 from .far import FAR
-from .inpaint import Method, get_method, inpaint, save_picture
+from .inpaint import Method, get_method, inpaint, lost_in_format, read_deep, save_picture
 
 # %% ../nbs/23_app.ipynb #76600bce
 _COLOUR, _OPACITY = (230, 60, 140), 0.6      # no photograph is this pink, and one sees what lies beneath
@@ -99,21 +99,22 @@ class Painter:
 
     def __init__(self, method: Method, folder: str | os.PathLike, limits: Limits = Limits()):
         self.method, self.folder, self.limits, self.last = method, Path(folder), limits, None
+        self.side = min(max(method.side or 1024, 128), 2048)                    # what the page begins with
         held_out = {name: pictures[index] for pictures in (sample_scenes("test"), sample_scenes("val")) for index, name in enumerate(pictures.names)}
         self.samples = [self.keep(held_out[name], name, "samples") for name in _SAMPLES if name in held_out]
 
-    def keep(self, picture: Image.Image, name: str, where: str = "") -> Path:
-        "Write `picture` into the folder as PNG, under a name that no file system or header can misread; the file."
+    def keep(self, picture: Image.Image | np.ndarray, name: str, where: str = "", info: dict[str, Any] | None = None) -> Path:
+        "Write `picture` (an array of 16 bits with `info`) into the folder as PNG, under a name that no file system or header can misread; the file."
         plain = re.sub(r"[^\w-]+", "_", name)[:60].strip("_") or "picture"
         file = self.folder / (where or secrets.token_hex(16)) / f"{plain}.png"
-        return save_picture(picture, file)
+        return save_picture(picture, file, info=info)
 
     def canvas(self, file: str | os.PathLike) -> Image.Image:
         "The copy of a picture that is painted on."
         return _canvas(read_upload(file, self.limits), self.limits.canvas)
 
-    def fill(self, file: str | os.PathLike | None, layers: Sequence[np.ndarray], side: int = 1024, background: np.ndarray | None = None) -> Filled:
-        "Fill what is painted over in `file`, at no more than `side` pixels. `background` (h,w,3 or 4): what the editor shows, which must be that picture."
+    def fill(self, file: str | os.PathLike | None, layers: Sequence[np.ndarray], side: int | None = None, background: np.ndarray | None = None) -> Filled:
+        "Fill what is painted over in `file`, the model seeing at most `side` pixels at once (None: what it is good at). `background` (h,w,3 or 4): what the editor shows, which must be that picture."
         if file is None: raise FarError("there is no picture yet: upload one, or choose a sample photograph")
         picture = read_upload(file, self.limits)
         hole = mask_from_layers(layers, picture.size)
@@ -121,11 +122,13 @@ class Painter:
         if hole.all(): raise FarError("everything is painted over: leave some of the picture to go by (Undo, or the eraser)")
         if background is not None: self._same(picture, background)
         start = time.perf_counter()
-        result = inpaint(picture, hole, self.method, max_side=side)
+        deep = read_deep(file)
+        result = inpaint(picture if deep is None else deep, hole, self.method, max_side=side)
         seconds = time.perf_counter() - start
-        self.last = self.keep(result, f"{Path(file).stem}-filled")
+        self.last = self.keep(result, f"{Path(file).stem}-filled", info=picture.info)
+        lost = lost_in_format(result, self.last)
         what = f"{hole.mean():.1%} of {picture.width}×{picture.height} pixels"
-        return Filled(self.last, f"Filled {what} with {self.method.name} in {seconds:.1f} s. All others are unchanged.")
+        return Filled(self.last, f"Filled {what} with {self.method.name} in {seconds:.1f} s. " + (f"A PNG cannot hold {' and '.join(lost)}." if lost else "All others are unchanged."))
 
     def _same(self, picture: Image.Image, background: np.ndarray) -> None:
         shown, sent = np.asarray(background)[..., :3].astype(int), np.asarray(_canvas(picture, self.limits.canvas))
@@ -210,8 +213,8 @@ def build(painter: Painter, first: str | os.PathLike | None = None) -> Any:
         gallery = gr.Gallery([str(each) for each in painter.samples], label="Sample photographs", columns=6, rows=1, height=150, allow_preview=False,
                              object_fit="cover", elem_id="samples", buttons=[], interactive=False)
         with gr.Accordion("Options", open=False):
-            side = gr.Slider(256, 2048, value=1024, step=128, label="Max side (pixels)",
-                             info="How much of the picture the model sees at once; larger ones are filled from coarse to fine.")
+            side = gr.Slider(128, 2048, value=painter.side, step=64, label="Max side (pixels)",
+                             info="How much of the picture the model sees at once; larger ones are filled from coarse to fine. At first: what this model is best at.")
         everything = [file, editor, result, download, message]
         def sample(event: gr.SelectData): return handlers.sample(event)      # Gradio goes by the annotation
         page.load(lambda: handlers.show(first or painter.samples[0]), None, everything, **private).then(None, js=_CENTRE)

@@ -27,7 +27,7 @@ from far_nb.app import Limits, Painter, app_method, launch_options, mask_from_la
 from far_nb.cli import app as far
 from far_nb.core import FarError
 from far_nb.far import FAR
-from far_nb.inpaint import Method
+from far_nb.inpaint import Method, read_deep, save_picture
 from far_nb.mae import MAE, MAEConfig
 
 torch.set_num_threads(1)
@@ -101,6 +101,16 @@ def test_known_pixels_of_the_file_come_back(painter, tmp_path, mode, kind, size)
     assert result.format == "PNG" and result.size == size and filled.file.name == "mein_Bild-filled.png"
     assert (pixels[~hole] == known[~hole]).all() and (pixels[hole] != known[hole]).any()
     assert f"{size[0]}×{size[1]}" in filled.text
+    assert ("unchanged" in filled.text) == (stored.mode == result.mode) == ("cannot hold" not in filled.text)
+
+
+def test_colours_of_sixteen_bits_stay(painter, tmp_path):
+    deep = np.random.default_rng(0).integers(0, 65536, (40, 60, 3)).astype(np.uint16)
+    file = save_picture(deep, tmp_path / "scan.png")
+    filled = painter.fill(file, [strokes((60, 40), (10, 5, 30, 20))])
+    hole = mask_from_layers([strokes((60, 40), (10, 5, 30, 20))], (60, 40))
+    result = read_deep(filled.file)
+    assert np.array_equal(result[~hole], deep[~hole]) and (result[hole] != deep[hole]).any() and "unchanged" in filled.text
 
 
 def test_a_phone_s_photograph_is_upright_everywhere(painter, tmp_path):
