@@ -221,18 +221,28 @@ def gathered(found: Any) -> Any:
     parts = gather_object([found])
     for error in parts:
         if isinstance(error, FarError): raise error
-    if len(parts) == 1: return found
-    if isinstance(found, list): return sum(parts, [])
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    "Lists one after the other; dictionaries of lists name by name, where a reason instead of a list prevails."
+    if len(parts) == 1: return parts[0]
+    if isinstance(parts[0], list): return sum(parts, [])
     names = next((list(part) for part in parts if part), [])
     columns = {name: [part[name] for part in parts if part] for name in names}      # a process without pictures has no names
     return {name: next((each for each in column if isinstance(each, str)), None) or sum(column, []) for name, column in columns.items()}
 
 
+_AT_ONCE = 1024      # pictures whose predictions lie in memory together
+
+
 def _in_shares(judge: Callable[[slice], dict[str, Any]], count: int, batch_size: int, shared: bool) -> dict[str, Any]:
-    "What `judge` finds in pictures 0 to `count` - 1: in one go, or shared among the processes."
-    if not shared: return judge(slice(0, count))
-    part = share_of(count, math.lcm(batch_size, 32))                # the metrics' networks take 32 at a time
-    try: found = judge(part) if part.start < part.stop else {}
+    "What `judge` finds in pictures 0 to `count` - 1, `_AT_ONCE` at a time, shared among the processes or not."
+    unit = math.lcm(batch_size, 32)                                 # the metrics' networks take 32 at a time
+    part, step = share_of(count, unit) if shared else slice(0, count), unit * max(1, _AT_ONCE // unit)
+    pieces = [slice(start, min(start + step, part.stop)) for start in range(part.start, part.stop, step)]
+    if not shared: return _joined([judge(piece) for piece in pieces])
+    try: found = _joined([judge(piece) for piece in pieces]) if pieces else {}
     except FarError as error: found = error                         # the others wait for an answer
     return gathered(found)
 

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from far_nb import evaluation
 from far_nb.acr import ACR, ACRConfig
 from far_nb.core import FarError
 from far_nb.evaluation import PSNR_CAP, bootstrap, composite_uint8, evaluate, fid, frechet_distance, lpips, psnr, quick_evaluate, ssim
@@ -321,3 +322,21 @@ def test_quick_evaluate_is_evaluates_standard_and_leaves_the_network_in_training
     assert quick == {"psnr": full["PSNR", "standard"], "ssim": full["SSIM", "standard"], "lpips_lite0": full["LPIPS (lite0)", "standard"],
                      "fid_lite0": full["FID (lite0)", "standard"]}
     assert math.isnan(quick_evaluate(lama, *(each[:1] for each in test_pictures))["fid_lite0"])
+
+
+def test_large_sets_are_judged_a_part_at_a_time(monkeypatch):
+    "Predictions of 36,500 pictures need not fit the memory; the numbers are those of all at once."
+    images = torch.rand(70, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    masks, seen = (images[:, :1] > 0.6).float(), []
+    def half(images, masks, names):
+        seen.append(names)
+        return images * 0 + 0.5
+    judged = lambda: evaluate(Method("half", half), images, masks, names=[f"{k}" for k in range(70)], batch_size=16)
+    whole, counts = judged(), []
+    seen.clear()
+    monkeypatch.setattr(evaluation, "_AT_ONCE", 32)
+    composite = evaluation.composite_uint8
+    monkeypatch.setattr(evaluation, "composite_uint8", lambda images, *rest: counts.append(len(images)) or composite(images, *rest))
+    parts = judged()
+    assert counts[::2] == [32, 32, 6] and [name for names in seen for name in names] == [f"{k}" for k in range(70)]
+    assert parts["metrics"] == whole["metrics"] and parts["per_image"] == whole["per_image"]
