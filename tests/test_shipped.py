@@ -7,6 +7,7 @@ import torch
 from far_nb.core import read_json
 from far_nb.data import test_set as fixed_pictures
 from far_nb.evaluation import composite_uint8, psnr
+from far_nb.export import export_model
 from far_nb.far import DEFAULT_MODEL, FAR, shipped_models
 from far_nb.inpaint import get_method, inpaint
 
@@ -44,3 +45,12 @@ def test_inpaint_takes_it_by_default(far):
     image, mask = found["images"][0], found["masks"][0, 0]
     assert torch.equal(inpaint(image, mask), inpaint(image, mask, far))
     assert torch.equal(inpaint(image, mask)[:, mask == 0], image[:, mask == 0])
+
+
+def test_as_torchscript_it_is_the_same(far, tmp_path):
+    export_model(far, tmp_path / "far.pt")
+    model, generator = torch.jit.load(tmp_path / "far.pt"), torch.Generator().manual_seed(0)
+    for height, width in ((256, 256), (512, 512), (320, 448)):
+        image, mask = torch.rand(1, 3, height, width, generator=generator), torch.zeros(1, 1, height, width)
+        mask[..., height // 4:height // 2, width // 3:-width // 5] = 1
+        with torch.no_grad(): assert (model(image, mask) - far(image, mask)).abs().max() < 1e-4
