@@ -8,7 +8,7 @@ __all__ = ['SPLITS', 'read_image', 'read_mask', 'ImageFolder', 'Photographs', 's
            'manifest_of', 'verify']
 
 # %% ../nbs/02_data.ipynb #a7627816
-import hashlib, importlib.util, io, math, os, tarfile, tempfile, time, uuid, weakref, zipfile
+import hashlib, importlib.util, io, math, os, tarfile, tempfile, time, uuid, warnings, weakref, zipfile
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import pairwise
@@ -559,7 +559,7 @@ def _held_out(images: ImageFolder, split: str) -> ImageFolder:
     rest = [index for index in order if index not in set(parts["test"])]
     parts["val"] = [index for index in rest if draws[index] < 0.1] or rest[:1]
     parts["train"] = [index for index in rest if index not in set(parts["val"])] or rest[-1:]
-    return images.subset(sorted(parts[split]))
+    return images.subset(sorted(parts["test" if split == "hr" else split]))
 
 
 def _split_sources(source: str, split: str) -> list[Path]:
@@ -576,16 +576,16 @@ def open_images(source: str | os.PathLike | Sequence[str | os.PathLike], split: 
     """Pictures by name: "sample-scenes", "sample-faces", or folder / .txt list / .tar (or several) on disk, for `split`.
 
     On disk `split` is a sub-folder, fills `{split}` in the path, or else a fixed twentieth each of the pictures is held out for val
-    and test. "test" falls back to "val" where only that exists. "all": the whole source."""
-    require_choice("split", split, (*SPLITS, "all"))
+    and test. "test" falls back to "val" where only that exists; "hr", the test pictures for high resolution, to "test". "all": the whole source."""
+    require_choice("split", split, (*SPLITS, "hr", "all"))
     if source in ("sample-scenes", "sample-faces"):
-        sample = sample_scenes if source == "sample-scenes" else sample_faces
+        sample, split = sample_scenes if source == "sample-scenes" else sample_faces, "test" if split == "hr" else split
         if split != "all": return sample(split)
         parts = [sample(part) for part in SPLITS]
         return Photographs([image for part in parts for image in part], [name for part in parts for name in part.names])
     if not isinstance(source, (str, os.PathLike)):
         return ImageFolder(source) if split == "all" else _held_out(ImageFolder(source), split)
-    source, fallback = os.path.expanduser(source), [split, *({"test": ["val"], "val": ["test"]}.get(split, []))]
+    source, fallback = os.path.expanduser(source), [split, *({"hr": ["test", "val"], "test": ["val"], "val": ["test"]}.get(split, []))]
     if Path(source).is_dir() and any((Path(source) / part).is_dir() for part in SPLITS): source = str(Path(source) / "{split}")
     if "{split}" in source:
         for part in SPLITS if split == "all" else fallback:
@@ -742,7 +742,9 @@ def _spread(available: int, count: int) -> np.ndarray:
 def _fixed_masks(masks: str | os.PathLike, size: int, count: int) -> torch.Tensor:
     "`count` of the masks in a folder or tar, resized to (count,1,S,S)."
     found = open_masks(masks, size=(size, size))
-    return torch.stack([torch.from_numpy(found[index])[None].float() for index in _spread(len(found), count)])
+    holes = torch.empty(count, 1, size, size)
+    for hole, index in zip(holes, _spread(len(found), count)): hole[0] = torch.from_numpy(found[index])
+    return holes
 
 
 def test_set(source: str | os.PathLike | Sequence[str | os.PathLike] | ImageFolder | Photographs, size: int, count: int, split: str = "test",
@@ -750,23 +752,26 @@ def test_set(source: str | os.PathLike | Sequence[str | os.PathLike] | ImageFold
     """The fixed pictures and masks of every reported metric: images float (N,3,S,S), masks float (N,1,S,S), names, hash.
 
     On disk: evenly spaced pictures, centre square, N = min(count, pictures). Sample set: N = count crops at 20-100 % of the area, in
-    turn from the held-out photographs. `masks`: folder or tar of fixed masks; None: 10-50 %, brush, objects (of the split) and unions."""
+    turn from the held-out photographs. `masks`: folder or tar of fixed masks; None or "sample": 10-50 %, brush, objects (of the split) and unions."""
     images = source if hasattr(source, "load") else open_images(source, split)
     crops = isinstance(images, Photographs) and count > len(images)
     chosen = _spread(len(images), count if crops else min(count, len(images)))
-    pictures, names, crop = [], [], "resized" if crops else "center"
+    pictures, names, crop = torch.empty(len(chosen), 3, size, size), [], "resized" if crops else "center"
     for number, index in enumerate(chosen):
         image, generator = images.load(int(index), _needed(size, crop, (0.2, 1.0))), rng(seed, number, 0, 2)
         box = _crop_box(image.size, crop, (0.2, 1.0), generator)
-        pictures.append(_cut(image, box, size, flip=False))
+        pictures[number] = _cut(image, box, size, flip=False)
         names.append(f"{images.names[index]}#{number // len(images)}" if crops else images.names[index])
-    pictures = torch.stack(pictures)
-    if masks is None:
+    if skipped := getattr(images, "skipped", {}): warnings.warn(f"{len(skipped)} pictures of {source} can't be read; their neighbours stand for them: {'; '.join(list(skipped.values())[:3])}")
+    if masks in (None, "sample"):
         sampler = MaskSampler(size, sample_objects("test"))
         holes = torch.stack([torch.from_numpy(sampler(rng(seed, number, 0, 3)))[None].float() for number in range(len(pictures))])
     else: holes = _fixed_masks(masks, size, len(pictures))
-    content = ((pictures * 255).round().byte().numpy().tobytes(), holes.byte().numpy().tobytes(), "\n".join(names).encode())
-    return {"images": pictures, "masks": holes, "names": names, "hash": hashlib.sha256(b"".join(content)).hexdigest()}
+    digest = hashlib.sha256()
+    for part in pictures.split(256): digest.update((part * 255).round().byte().numpy())      # 36,500 at once would be 29 GB more
+    for part in holes.split(256): digest.update(part.byte().numpy())
+    digest.update("\n".join(names).encode())
+    return {"images": pictures, "masks": holes, "names": names, "hash": digest.hexdigest()}
 
 
 test_set.__test__ = False      # its name looks like a test's to pytest

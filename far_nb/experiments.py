@@ -526,7 +526,8 @@ def test_pictures(preset: Preset, which: str) -> tuple[int, int]:
 def build_test_set(preset: Preset, which: str = "scenes", sources: Sources = Sources(), split: str = "test") -> dict[str, Any]:
     "Fixed pictures and masks of a set: `test` stands behind every reported number, `val` behind the curves drawn during training."
     count, size = test_pictures(preset, which)
-    return test_set(source_of(preset, which, sources), size, count if split == "test" else preset.eval_images, split=split, masks=sources.test_masks)
+    part = "hr" if (which, split) == ("hr", "test") else split      # where there are pictures of their own for high resolution
+    return test_set(source_of(preset, which, sources), size, count if split == "test" else preset.eval_images, split=part, masks=sources.test_masks)
 
 
 test_pictures.__test__ = False      # its name looks like a test's to pytest
@@ -550,6 +551,8 @@ def check_sources(preset: Preset, **named: str | None) -> dict[str, str]:
     if preset.perceptual == "hrf": find_weights(HRFLoss.filename, f"preset {preset.name}: ADE20K ResNet50 (HRF loss)")
     if not (sources.masks or preset.masks):
         raise FarError(f"preset {preset.name} has no object masks of its own: name a folder or .tar of silhouettes with --masks, or --masks sample")
+    if not (sources.test_masks or preset.masks):
+        raise FarError(f"preset {preset.name} measures with fixed masks of yours: name a folder or .tar with --test-masks (data_scripts/test_masks.py makes one), or --test-masks sample")
     if sources.ablation and not preset.ablation_steps:
         raise FarError(f"preset {preset.name} trains its ablations on all scenes: leave --ablation-data out, or take the preset paper")
     for key, splits in {"data": SPLITS, "faces": SPLITS, "ablation": SPLITS, "figure_data": ("test",)}.items():
@@ -558,7 +561,7 @@ def check_sources(preset: Preset, **named: str | None) -> dict[str, str]:
             if not len(open_images(value, split)): raise FarError(f"{value} holds no {split} pictures: give others with {_OPTIONS[key]}")
     for key in ("masks", "test_masks", "outputs"):
         value = getattr(sources, key)
-        if value and (key, value) != ("masks", "sample") and not Path(value).exists():
+        if value and not (key != "outputs" and value == "sample") and not Path(value).exists():
             raise FarError(f"{value} does not exist: {_OPTIONS[key]} takes a folder{'' if key == 'outputs' else ' or .tar of masks'}")
     return {key: value for key, value in asdict(sources).items() if value}
 
@@ -704,14 +707,29 @@ def write_plan(runs: str | Path, preset: Preset, seeds: Sequence[int] = (0,), **
 _LEFTOVERS = ("checkpoints", "model", "discriminator.safetensors", "samples", "tb", "log.csv", "eval.csv", "train.json", "metrics.json")
 
 
+_UNDECIDING = ("workers", "log_every", "sample_every", "save_every", "keep")      # of TrainConfig
+
+
+def _deciding(value: Any) -> Any:
+    "What of a run's origin decides its weights and curves."
+    if isinstance(value, list): return [_deciding(item) for item in value]
+    if not isinstance(value, dict): return value
+    return {name: _deciding({key: item for key, item in inner.items() if key not in _UNDECIDING} if name == "train" else inner) for name, inner in value.items()}
+
+
 def begin_run(out: str | Path, options: dict[str, Any], stands_on: Sequence[str | Path] = ()) -> Path:
-    "Make `out` ready for a training with `options` on the weights in the folders `stands_on`: remove another run's leftovers, keep our own."
+    """Make `out` ready for a training with `options` on the weights in the folders `stands_on`: keep our own files, move another run's to out/replaced.
+
+    Another run is one with other options, but for those that change no weights; of those replaced the last is kept."""
     out = Path(out)
     weights = [sha256(file.read_bytes()).hexdigest() for folder in stands_on for file in sorted(Path(folder).glob("*.safetensors"))]
     origin, note = {"options": options, "weights_below": weights}, out / "checkpoints" / "origin.json"
-    if not (note.exists() and read_json(note) == origin):
-        for name in _LEFTOVERS:
-            path = out / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    if not (note.exists() and _deciding(read_json(note)) == _deciding(origin)):
+        left, aside = [name for name in _LEFTOVERS if (out / name).exists()], out / "replaced"
+        if left:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+            for name in left: (out / name).rename(aside / name)
+            print(f"{out} held a run with other options or on other weights: its files are in {aside} now, the training begins anew")
         write_json(note, origin)
     return out

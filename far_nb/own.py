@@ -648,7 +648,7 @@ def _markdown(rows: list[list[str]]) -> str:
 def model_card(plan: Plan, shop: Workshop, out: Path, metrics: dict[str, dict[str, Any]]) -> str:
     "README.md of a trained model: use, measured quality, pictures, trainings, limits."
     found, size, origin = shop.found, shop.preset.image_size, provenance()
-    skipped = dict(getattr(found.train, "skipped", {}))
+    skipped = {name: reason for stage in ("mae", "far") if (file := out / "training" / stage / "train.json").exists() for name, reason in read_json(file)["skipped"].items()}
     judged, init = next(iter(metrics.values()))["images"], plan.asked["init"] and f" It began with the weights of `{plan.asked['init']}`."
     return f"""---
 library_name: far_nb

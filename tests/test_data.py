@@ -462,3 +462,9 @@ def test_sample_set_script(tmp_path, monkeypatch):
         assert one.names == other.names and one.hash() == other.hash() and one[3].size == (48, 48)
     refused = CliRunner().invoke(app, [str(tmp_path / "tar")])
     assert refused.exit_code == 2
+
+
+def test_a_broken_test_picture_is_named(tmp_path):
+    for index in range(3): (tmp_path / f"{index}.png").write_bytes(encoded(ramp()))
+    (tmp_path / "1.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="1 pictures of .* can't be read.*1.png"): assert len(test_set(tmp_path, 16, 3, "all")["names"]) == 3

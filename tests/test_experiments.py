@@ -4,6 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from PIL import Image
 
 from far_nb.core import FarError, read_json
 from far_nb.experiments import (EXPERIMENTS, PRESETS, SETS, TARGETS, Sources, absent, begin_run, build_data, build_discriminator, build_far, build_mae,
@@ -235,6 +236,36 @@ def test_a_run_keeps_its_checkpoints_and_drops_anothers(tmp_path):
     assert checkpoint.exists() and (out / "train.json").exists()
     begin_run(out, {"lr": 2.0}, stands_on=[model])
     assert not checkpoint.exists() and not (out / "train.json").exists()
+    assert (out / "replaced" / "checkpoints" / checkpoint.name).read_bytes() == b"state"       # nobody asked to delete it
     train(); (model / "model.safetensors").write_bytes(b"other weights")
     begin_run(out, {"lr": 2.0}, stands_on=[model])              # the same options on a retrained MAE
     assert not checkpoint.exists()
+
+
+def test_how_often_a_run_saves_does_not_make_it_another(tmp_path):
+    options = run_options(PRESETS["smoke"], EXPERIMENTS["far"])
+    out = begin_run(tmp_path / "far", options)
+    (out / "checkpoints" / "step-00000001.pt").write_bytes(b"state")
+    for where, changes, kept in ((options, {"save_every": 7, "workers": 3, "keep": 9}, True), (options["below"][0], {"log_every": 3}, True), (options["below"][0], {"lr": 0.5}, False)):
+        where["train"] |= changes
+        begin_run(out, options)
+        assert (out / "checkpoints" / "step-00000001.pt").exists() == kept
+
+
+def test_high_resolution_has_pictures_of_its_own_where_there_are_any(tmp_path):
+    for part, count in (("train", 3), ("val", 3), ("test", 5)):
+        for index in range(count): Image.new("RGB", (70, 70), (index, 0, 0)).save((tmp_path / part).mkdir(exist_ok=True) or tmp_path / part / f"{part}{index}.png")
+    preset, sources = replace(PRESETS["smoke"], test_images=9, hr_images=2), Sources(data=str(tmp_path))
+    assert {name[:4] for name in build_test_set(preset, "hr", sources)["names"]} == {"test"}
+    for index in range(2): Image.new("RGB", (90, 90), (index, 9, 0)).save((tmp_path / "hr").mkdir(exist_ok=True) or tmp_path / "hr" / f"hr{index}.png")
+    assert build_test_set(preset, "hr", sources)["names"] == ["hr0.png", "hr1.png"]
+    assert len(build_test_set(preset, "scenes", sources)["names"]) == 5 and build_test_set(preset, "hr", sources, "val")["names"][0].startswith("val")
+
+
+def test_the_paper_is_measured_with_masks_that_were_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("far_nb.experiments.find_weights", lambda *given: None)
+    named = {"data": "sample-scenes", "faces": "sample-faces", "masks": "sample"}
+    with pytest.raises(FarError, match="--test-masks"): check_sources(PRESETS["paper"], **named)
+    assert check_sources(PRESETS["paper"], **named, test_masks="sample")["test_masks"] == "sample"
+    first, second = (build_test_set(PRESETS["smoke"], "scenes", Sources(test_masks=masks)) for masks in (None, "sample"))
+    assert first["hash"] == second["hash"]
