@@ -335,9 +335,12 @@ def _conclude(progress: Progress, code: int, preset: str, targets: Sequence[str]
     return 0 if code == 0 else 1
 
 # %% ../nbs/24_cli.ipynb #8a5bb8c5
+def _is_far_error(error: Exception) -> bool: return any(kind.__name__ == "FarError" for kind in type(error).__mro__)      # its import costs PyTorch's
+
+
 def _reason(error: Exception) -> str:
     "What went wrong in one line: a `FarError`'s own words, 'PATH: reason' of what the system refused, and the kind of error before the words of any other."
-    if any(kind.__name__ == "FarError" for kind in type(error).__mro__): words = str(error)               # its import costs PyTorch's
+    if _is_far_error(error): words = str(error)
     elif isinstance(error, OSError) and error.strerror: words = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
     else: words = f"{type(error).__name__}: {error}"
     return " ".join(words.split()).removesuffix(":")
@@ -379,10 +382,10 @@ def _may_be_file(path: Path) -> bool:
 
 
 def find_pictures(folder: Path, recursive: bool = False, without: Sequence[Path | None] = ()) -> list[Path]:
-    "The pictures in `folder`, with `recursive` also below it, but none of `without`, files or folders; none: `FarError`."
+    "The pictures in `folder`, with `recursive` also below it, but none of or below `without` (unless that holds `folder` itself); none: `FarError`."
     from far_nb.core import FarError
     from far_nb.data import _is_picture
-    aside = [_real(path) for path in without if path and _real(path) != _real(folder)]
+    aside = [_real(path) for path in without if path and not _real(folder).is_relative_to(_real(path))]
     found = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir()) if _is_picture(path.name) and _may_be_file(path)
                    and not any(_real(path).is_relative_to(other) for other in aside))
     if not found:
@@ -1022,7 +1025,7 @@ def main() -> None:
     "Entry point of `far`: a `FarError`, or what the system refuses (an `OSError`), is one line on stderr and exit code 2."
     try: app(prog_name="far")
     except Exception as error:
-        if not isinstance(error, OSError) and not any(kind.__name__ == "FarError" for kind in type(error).__mro__): raise
+        if not (_is_far_error(error) or isinstance(error, OSError)): raise
         print(f"far: {_reason(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 

@@ -281,6 +281,12 @@ def test_in_one_folder_a_picture_is_never_its_own_mask_and_masks_are_not_filled(
     assert np.array_equal(np.asarray(Image.open("OUT2/a.png")), np.asarray(Image.open("expected.png")))
 
 
+def test_masks_and_results_may_lie_above_the_pictures(desk):
+    Path("c.png").write_bytes(Path("MASKS/a.png").read_bytes())
+    assert "1 filled" in far("IMAGES/deep", ".", "-o", "OUT").stdout and written("OUT") == ["c.png"]
+    assert "2 filled" in far("IMAGES", "MASKS", "-o", ".").stdout and Path("a.png").is_file()
+
+
 def test_the_one_mask_given_is_no_picture_of_its_folder(side):
     Path("IMAGES/hole.png").write_bytes(Path("MASKS/a.png").read_bytes())
     assert "2 filled" in far("IMAGES", "IMAGES/hole.png", "-o", "OUT").stdout and written("OUT") == ["a.png", "b.jpg"]
