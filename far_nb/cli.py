@@ -9,7 +9,7 @@ __all__ = ['app', 'paper_notebooks', 'notebook_error', 'ClusterLines', 'Progress
            'write_test_set', 'metrics_table', 'train_stage', 'write_stage', 'main']
 
 # %% ../nbs/24_cli.ipynb #053fb735
-import fcntl, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
+import errno, fcntl, json, os, re, shlex, shutil, signal, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -335,31 +335,90 @@ def _conclude(progress: Progress, code: int, preset: str, targets: Sequence[str]
     return 0 if code == 0 else 1
 
 # %% ../nbs/24_cli.ipynb #8a5bb8c5
+def _is_far_error(error: Exception) -> bool: return any(kind.__name__ == "FarError" for kind in type(error).__mro__)      # its import costs PyTorch's
+
+
+def _reason(error: Exception) -> str:
+    "What went wrong in one line: a `FarError`'s own words, 'PATH: reason' of what the system refused, and the kind of error before the words of any other."
+    if _is_far_error(error): words = str(error)
+    elif isinstance(error, OSError) and error.strerror: words = error.strerror if error.filename is None else f"{error.filename}: {error.strerror}"
+    else: words = f"{type(error).__name__}: {error}"
+    return " ".join(words.split()).removesuffix(":")
+
+
+def _attempt(function: Any, *arguments: Any) -> Any:
+    "The function's value; or what went wrong, whatever it was, as a `FarError`: without the frames, since the next picture may need their memory."
+    from far_nb.core import FarError
+    try: return function(*arguments)
+    except Exception as error: return FarError(_reason(error))
+
+
+def _check_writable(path: Path) -> None:
+    "A `FarError` where a file can't be written: tried with a file of its name in a new folder beside it, which goes away again."
+    from far_nb.core import FarError
+    place = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
+    try:
+        if path.is_dir(): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        with tempfile.TemporaryDirectory(dir=place, prefix=".far-") as inside:
+            probe = inside / path.absolute().relative_to(place)
+            probe.parent.mkdir(parents=True, exist_ok=True)
+            probe.touch()
+    except OSError as error: raise FarError(f"{path} cannot be written: {error.strerror or error}") from None
+
+# %% ../nbs/24_cli.ipynb #6a7946fd
+def _real(path: Path) -> Path: return Path(os.path.realpath(path))                   # `Path.resolve` fails at links that lead in a circle
+
+
+def _same_file(first: Path, second: Path) -> bool:
+    "Whether two paths lead to one file or folder; not where one of them can't be looked at."
+    try: return first.samefile(second)
+    except OSError: return False
+
+
+def _may_be_file(path: Path) -> bool:
+    "Whether it is a file, or can't be looked at: then whoever reads it says why."
+    try: return path.is_file()
+    except OSError: return True
+
+
 def find_pictures(folder: Path, recursive: bool = False, without: Sequence[Path | None] = ()) -> list[Path]:
-    "The pictures in `folder`, with `recursive` also below it, but not those below the folders `without`; none: `FarError`."
+    "The pictures in `folder`, with `recursive` also below it, but none of or below `without` (unless that holds `folder` itself); none: `FarError`."
     from far_nb.core import FarError
     from far_nb.data import _is_picture
-    aside = [path.resolve() for path in without if path and path.resolve() != folder.resolve()]
-    found = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir()) if _is_picture(path.name) and path.is_file()
-                   and not any(path.resolve().is_relative_to(other) for other in aside))
+    aside = [_real(path) for path in without if path and not _real(folder).is_relative_to(_real(path))]
+    found = sorted(path for path in (folder.rglob("*") if recursive else folder.iterdir()) if _is_picture(path.name) and _may_be_file(path)
+                   and not any(_real(path).is_relative_to(other) for other in aside))
     if not found:
         deeper = "" if recursive else "; --recursive looks into its folders" if any(path.is_dir() for path in folder.iterdir()) else ""
         raise FarError(f"{folder}: no pictures there{deeper}")
     return found
 
+# %% ../nbs/24_cli.ipynb #a1505879
+def _name_below(root: Path, path: Path) -> str: return path.relative_to(root).with_suffix("").as_posix()
 
-def pair_by_name(pictures: Sequence[Path], root: Path, others: Path, what: str = "mask") -> list[Path | str]:
-    "For each picture below `root` the one below `others` with its name, whatever the suffix, or NAME_mask; else a line that says what is missing."
+
+def pair_by_name(pictures: Sequence[Path], root: Path, others: Path, masks: bool = True) -> list[Path | str]:
+    """For each picture below `root` the one below `others` with its name, whatever the suffix; else a line that says what is missing.
+
+    With `masks`, NAME_mask will do too, and nothing else where both folders are the same; the picture itself never does."""
     named: dict[str, list[Path]] = {}
-    for path in find_pictures(others, recursive=True): named.setdefault(path.relative_to(others).with_suffix("").as_posix(), []).append(path)
+    for path in find_pictures(others, recursive=True): named.setdefault(_name_below(others, path), []).append(path)
+    ends = ("_mask",) if masks and _same_file(root, others) else ("", "_mask") if masks else ("",)
     pairs: list[Path | str] = []
     for picture in pictures:
-        name = picture.relative_to(root).with_suffix("").as_posix()
-        found = named.get(name) or named.get(f"{name}_mask", [])
-        pairs.append(found[0] if len(found) == 1 else f"{picture}: {len(found) or 'no'} {what}s called '{name}' in {others}, expected one")
+        names = [_name_below(root, picture) + end for end in ends]
+        found = next(filter(None, ([path for path in named.get(name, []) if not (masks and _same_file(path, picture))] for name in names)), [])
+        what = f"{len(found) or 'no'} {'mask' if masks else 'picture'}s called '{names[0]}'"
+        pairs.append(found[0] if len(found) == 1 else f"{picture}: {what} in {others}, expected one")
     return pairs
 
-# %% ../nbs/24_cli.ipynb #6a7946fd
+
+def _without_masks(pictures: Sequence[Path], root: Path) -> list[Path]:
+    "The pictures below `root` that are not the NAME_mask of another one."
+    names = {_name_below(root, path) for path in pictures}
+    return [path for path in pictures if not (name := _name_below(root, path)).endswith("_mask") or name.removesuffix("_mask") not in names]
+
+# %% ../nbs/24_cli.ipynb #731d3469
 @dataclass(frozen=True)
 class Job:
     "One picture to fill: its file, its mask's (None: in the picture itself; a text: why there is none), and where the result goes."
@@ -368,50 +427,60 @@ class Job:
     out: Path
 
 
+def _in_format(name: Path, form: str) -> Path:
+    "The name with the suffix `form`, in place of a picture's suffix if it has one: 'filled.v2' becomes 'filled.v2.png'."
+    from PIL import Image
+    suffix = f".{form.lower().lstrip('.')}"
+    return name.with_suffix(suffix) if name.suffix.lower() in Image.registered_extensions() else name.with_name(name.name + suffix)
+
+
 def _writable(name: Path, form: str | None) -> Path:
     "The output's name: with the suffix `form`, or its own where that can be written, else .png."
     from far_nb.core import FarError
     from far_nb.inpaint import picture_format
-    if form is not None: return name.with_suffix("." + form.lower().lstrip("."))
+    if form is not None: return _in_format(name, form)
     try: picture_format(name)
-    except FarError: return name.with_suffix(".png")
+    except FarError: return _in_format(name, "png")
     return name
 
 
-def plan_inpainting(image: Path, mask: Path | None, out: Path, recursive: bool = False, form: str | None = None, overwrite: bool = False) -> list[Job]:
-    "What `far inpaint` has to do, for a picture or a folder; a call that makes no sense is a `FarError`."
+def plan_inpainting(image: Path, mask: Path | None, out: Path | str, recursive: bool = False, form: str | None = None, overwrite: bool = False) -> list[Job]:
+    "What `far inpaint` has to do, for a picture or a folder; `out` is a folder if it is one or ends in /. A call that makes no sense is a `FarError`."
     from far_nb.core import FarError
     from far_nb.inpaint import picture_format
     for path in filter(None, (image, mask)):
         if not path.exists(): raise FarError(f"{path}: no such file or folder")
     if form is not None: picture_format(f"picture.{form.lstrip('.')}")
+    out, into = Path(out), os.path.basename(out) in ("", ".") or Path(out).is_dir()
     if image.is_dir():
-        if out.is_file() or out.suffix and not out.exists() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"):
+        if out.is_file() or not into and not out.exists() and out.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff"):
             raise FarError(f"{image} is a folder, so -o must be one too, not {out}")
-        pictures = find_pictures(image, recursive, without=[out, mask if mask and mask.is_dir() else None])
+        pictures = find_pictures(image, recursive, without=[out, mask])
+        if mask and _same_file(mask, image): pictures = _without_masks(pictures, image)
         masks = pair_by_name(pictures, image, mask) if mask and mask.is_dir() else [mask] * len(pictures)
         jobs = [Job(picture, its, out / _writable(picture.relative_to(image), form)) for picture, its in zip(pictures, masks)]
     else:
         if mask and mask.is_dir(): mask, = pair_by_name([image], image.parent, mask)
-        target = out / _writable(Path(image.name), form) if out.is_dir() else out if form is None else out.with_suffix(f".{form.lstrip('.')}")
+        target = out / _writable(Path(image.name), form) if into else out if form is None else _in_format(out, form)
         picture_format(target)
         jobs = [Job(image, mask, target)]
-    _check_targets(jobs, overwrite)
+    _check_jobs(jobs, overwrite)
     return jobs
 
-# %% ../nbs/24_cli.ipynb #a1505879
-def _check_targets(jobs: Sequence[Job], overwrite: bool) -> None:
-    "No result may replace a mask, or another result; an input only when asked."
+# %% ../nbs/24_cli.ipynb #070df690
+def _check_jobs(jobs: Sequence[Job], overwrite: bool) -> None:
+    "No picture may be its own mask, and no result may replace a mask, or another result; an input only when asked."
     from far_nb.core import FarError
-    masks, images, seen = ({job.mask.resolve() for job in jobs if isinstance(job.mask, Path)}, {job.image.resolve() for job in jobs}, {})
+    masks, images, seen = ({_real(job.mask) for job in jobs if isinstance(job.mask, Path)}, {_real(job.image) for job in jobs}, {})
     for job in jobs:
-        target = job.out.resolve()
+        target = _real(job.out)
+        if isinstance(job.mask, Path) and _same_file(job.image, job.mask): raise FarError(f"{job.image} can't be its own mask: give another file, or --mask-alpha or --mask-color")
         if target in masks: raise FarError(f"{job.out} is a mask: name another place with -o")
         if target in images and not overwrite: raise FarError(f"{job.out} is the picture itself: name another place with -o, or add --overwrite to replace it")
         if target in seen: raise FarError(f"{seen[target]} and {job.image} would both become {job.out}: rename one, or leave --format out")
         seen[target] = job.image
 
-# %% ../nbs/24_cli.ipynb #731d3469
+# %% ../nbs/24_cli.ipynb #6f7ba126
 @dataclass
 class Tally:
     "How a run of `far inpaint` went: files written, left because they were there, and failed, with the reason."
@@ -425,45 +494,58 @@ class Tally:
 
 
 def inpaint_files(jobs: Sequence[Job], model: str | None = None, *, overwrite: bool = False, own_mask: Any = None, quality: int | None = None,
-                  batch: int = 1, said: Any = None, **options: Any) -> Tally:
-    """Fill every job's picture and write it; what fails is noted and the rest go on. `own_mask`: function from a picture's path to its hole.
+                  batch: int = 1, said: Any = None, tally: Tally | None = None, **options: Any) -> Tally:
+    """Fill every job's picture and write it; what fails, however, is noted and the rest go on. `own_mask`: function from a picture's path to its hole.
 
-    `batch`: pictures at a time. `said(job, reason or None)` is called after each. `options` are `inpaint`'s. A wrong model: `FarError`."""
+    `batch`: pictures at a time. `said(job, reason or None)` is called after each. `tally`: the one to count in, which outlives an interrupt.
+    `options` are `inpaint`'s. A wrong model or option: `FarError`."""
     from far_nb.core import FarError
-    from far_nb.inpaint import get_ready, inpaint, save_picture
-    tally, said = Tally(), said or (lambda job, reason: None)
-    def close(job: Job, reason: str | None = None) -> None:
-        if reason: tally.failed[str(job.image)] = reason if str(job.image) in reason else f"{job.image}: {reason}"
+    from far_nb.inpaint import get_ready
+    tally, said = Tally() if tally is None else tally, said or (lambda job, reason: None)
+    def close(job: Job, reason: FarError | str | None = None) -> None:
+        if reason: tally.failed[str(job.image)] = str(reason) if str(job.image) in str(reason) else f"{job.image}: {reason}"
         said(job, tally.failed.get(str(job.image)))
     waiting = []
     for job in jobs:
-        if job.out.exists() and not overwrite: tally.left.append(job.out); close(job)
+        there = not overwrite and _attempt(job.out.exists)
+        if isinstance(there, FarError): close(job, there)
+        elif there: tally.left.append(job.out); close(job)
         elif isinstance(job.mask, str): close(job, job.mask)
         else: waiting.append(job)
     method = get_ready(model, options.pop("device", "auto")) if waiting else None
     for start in range(0, len(waiting), batch):
         some = waiting[start:start + batch]
-        inputs = [_input_of(job, own_mask) for job in some]
-        sound = [pair for pair in inputs if not isinstance(pair, FarError)]
-        results = iter(inpaint([picture for picture, _ in sound], [mask for _, mask in sound], method, **options))
+        inputs = [_attempt(_input_of, job, own_mask) for job in some]
+        results = iter(_fill([pair for pair in inputs if not isinstance(pair, FarError)], method, options))
         for job, found in zip(some, inputs):
             result = found if isinstance(found, FarError) else next(results)
-            try:
-                if isinstance(result, FarError): raise result
-                info = None if hasattr(result, "info") else picture_info(job.image)
-                tally.written.append(save_picture(result, job.out, quality, info)); close(job)
-            except FarError as error: close(job, str(error))
+            saved = result if isinstance(result, FarError) else _attempt(_save, result, job, quality)
+            if isinstance(saved, FarError): close(job, saved)
+            else: tally.written.append(saved); close(job)
     return tally
 
-# %% ../nbs/24_cli.ipynb #070df690
-def _input_of(job: Job, own_mask: Any) -> Any:
-    "Picture (its path, or its array when it has 16 bits per colour) and mask; or the `FarError` of one that can't be had."
-    from far_nb.core import FarError
+# %% ../nbs/24_cli.ipynb #bdb2f0b9
+def _input_of(job: Job, own_mask: Any) -> tuple[Any, Any]:
+    "Picture (its path, or its array when it has 16 bits per colour) and mask."
     from far_nb.inpaint import read_deep
-    try:
-        deep = read_deep(job.image)
-        return job.image if deep is None else deep, job.mask if own_mask is None else own_mask(job.image)
-    except FarError as error: return error
+    deep = read_deep(job.image)
+    return job.image if deep is None else deep, job.mask if own_mask is None else own_mask(job.image)
+
+
+def _fill(pairs: Sequence[tuple[Any, Any]], method: Any, options: dict[str, Any]) -> list[Any]:
+    "Filled pictures, or the `FarError` of each that failed: when `inpaint` itself breaks off, one by one, to see at which. A wrong option: `FarError`."
+    from far_nb.core import FarError
+    from far_nb.inpaint import inpaint
+    try: return inpaint([picture for picture, _ in pairs], [mask for _, mask in pairs], method, **options)
+    except FarError: raise
+    except Exception as error: failed = FarError(_reason(error))
+    return [failed] if len(pairs) == 1 else [found for pair in pairs for found in _fill([pair], method, options)]
+
+
+def _save(result: Any, job: Job, quality: int | None) -> Path:
+    "Write what became of a job's picture, with what its file says beside the pixels; returns where."
+    from far_nb.inpaint import save_picture
+    return save_picture(result, job.out, quality, None if hasattr(result, "info") else picture_info(job.image))
 
 
 def picture_info(path: Path) -> dict[str, Any]:
@@ -520,7 +602,8 @@ def _read_pairs(pred: Path, true: Path, masks: Path | None) -> dict[tuple[int, i
     for folder in filter(None, (pred, true, masks)):
         if not folder.is_dir(): raise FarError(f"{folder}: no such folder")
     truths, sizes = find_pictures(true, recursive=True), {}
-    for path, other, hole in zip(truths, pair_by_name(truths, true, pred, "picture"), pair_by_name(truths, true, masks) if masks else truths):
+    if masks and _same_file(masks, true): truths = _without_masks(truths, true)
+    for path, other, hole in zip(truths, pair_by_name(truths, true, pred, masks=False), pair_by_name(truths, true, masks) if masks else truths):
         for found in (other, hole):
             if isinstance(found, str): raise FarError(found)
         first, second = read_image(other), read_image(path)
@@ -647,7 +730,7 @@ def _own_mask(alpha: bool, color: str | None, tolerance: int) -> Any:
 # %% ../nbs/24_cli.ipynb #d6c83448
 @app.command("inpaint")
 def _inpaint(image: Annotated[Path, typer.Argument(help="picture of any size, or a folder", show_default=False)],
-             out: Annotated[Path, typer.Option("--out", "-o", help="file or folder to write")],
+             out: Annotated[str, typer.Option("--out", "-o", metavar="<path>", help="file or folder to write; a new folder ends in /")],
              mask: Annotated[Optional[Path], typer.Argument(help="bright = hole; or a folder with a mask per name", show_default=False)] = None,
              mask_alpha: Annotated[bool, typer.Option("--mask-alpha", help="the hole is what is transparent")] = False,
              mask_color: Annotated[Optional[str], typer.Option(help="the hole is what has this colour: '#ff00ff'")] = None,
@@ -665,22 +748,27 @@ def _inpaint(image: Annotated[Path, typer.Argument(help="picture of any size, or
 
     The hole comes from a mask (a file, or a folder with masks called like
     the pictures, or NAME_mask), from the transparency, or from a colour.
+    In one folder with the pictures, masks are called NAME_mask.
 
     Size, mode and metadata are kept, and known pixels bit by bit (JPEG aside).
     Results that are there already are left alone.
 
-    Exit code 0: all filled; 1: some failed, one line each; 2: wrong call.
+    Exit code 0: all filled; 1: some failed, one line each; 2: wrong call;
+    130: stopped by Ctrl-C, with what was filled until then.
     """
     from far_nb.core import FarError
     if sum((mask is not None, mask_alpha, mask_color is not None)) != 1:
         raise FarError("give one mask: a file or folder after the picture, or --mask-alpha, or --mask-color COLOR")
     own_mask = _own_mask(mask_alpha, mask_color, tolerance)
     jobs = plan_inpainting(image, mask, out, recursive, form, overwrite)
+    tally, stopped = Tally(), False
     with _telling(len(jobs)) as said:
-        tally = inpaint_files(jobs, model, overwrite=overwrite, own_mask=own_mask, quality=quality, batch=batch, said=said,
-                              invert=invert, device=device, max_side=max_side)
+        try: inpaint_files(jobs, model, overwrite=overwrite, own_mask=own_mask, quality=quality, batch=batch, said=said, tally=tally,
+                           invert=invert, device=device, max_side=max_side)
+        except KeyboardInterrupt: stopped = True
+    if stopped: typer.echo(f"far: stopped, {len(jobs) - len(tally.written) - len(tally.left) - len(tally.failed)} of {len(jobs)} not reached", err=True)
     typer.echo(str(tally.written[0]) if not image.is_dir() and tally.written else f"{tally} in {out}" if image.is_dir() else str(tally))
-    if tally.failed: raise typer.Exit(1)
+    if stopped or tally.failed: raise typer.Exit(130 if stopped else 1)
 
 # %% ../nbs/24_cli.ipynb #4e97d502
 @contextmanager
@@ -719,6 +807,7 @@ def _evaluate(method: Annotated[str, typer.Argument(help=f"{_METHODS}, mean, or 
     from far_nb.core import FarError, require_choice, write_json
     with _one_voice():
         require_choice("protocol", protocol, ("standard", "paper", "both"))
+        if out: _check_writable(out)                        # before hours of measuring
         if masks and true is None: raise FarError("--masks goes with two folders: far evaluate FILLED/ TRUE/ --masks MASKS/")
         if true and _processes() > 1: raise FarError("two folders are compared in one process: leave the launcher out")
         if true is None: metrics = evaluate_method(method, data, size, count, test_masks, seed)
@@ -913,6 +1002,7 @@ def _export(out: Annotated[Path, typer.Option("--out", "-o", help="file to write
     """
     from far_nb.export import export_model, iopaint_command
     from far_nb.far import FAR
+    _check_writable(out)
     difference = export_model(FAR.from_pretrained(model), out, format, known)
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB, at most {difference:.0e} from the model")
     if format == "torchscript": typer.echo(f"with IOPaint: {iopaint_command(out)}")
@@ -932,11 +1022,11 @@ def _app(model: Annotated[Optional[str], typer.Option("--model", "-m", help=f"{_
 
 # %% ../nbs/24_cli.ipynb #8211d582
 def main() -> None:
-    "Entry point of `far`: a `FarError` is one line on stderr and exit code 2."
+    "Entry point of `far`: a `FarError`, or what the system refuses (an `OSError`), is one line on stderr and exit code 2."
     try: app(prog_name="far")
     except Exception as error:
-        if not any(kind.__name__ == "FarError" for kind in type(error).__mro__): raise      # its import costs PyTorch's
-        print(f"far: {' '.join(str(error).split())}", file=sys.stderr)
+        if not (_is_far_error(error) or isinstance(error, OSError)): raise
+        print(f"far: {_reason(error)}", file=sys.stderr)
         raise SystemExit(2) from None
 
 # %% ../nbs/24_cli.ipynb #02a6d191

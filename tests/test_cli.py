@@ -1,6 +1,9 @@
 """The options of `far`: what they pass on, what they refuse, and `far data test`. What the jobs do is tested in test_pipeline.py."""
+import ctypes
 import json
+import os
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +259,161 @@ def test_a_full_disk_leaves_nothing_and_is_one_line(desk, monkeypatch):
     assert done.stderr.count("No space left on device") == 2 and written("OUT") == []
 
 
+@pytest.fixture
+def side(desk):
+    "SIDE/ with a.png, a.jpg of other content, b.png, and the masks a_mask.png and deep/b_mask.png."
+    (desk / "SIDE/deep").mkdir(parents=True)
+    for name, source in (("a.png", "IMAGES/a.png"), ("a_mask.png", "MASKS/a.png"), ("deep/b.png", "IMAGES/deep/c.png"), ("deep/b_mask.png", "MASKS/a.png")):
+        (desk / "SIDE" / name).write_bytes((desk / source).read_bytes())
+    return desk
+
+
+def test_in_one_folder_a_picture_is_never_its_own_mask_and_masks_are_not_filled(side):
+    far("IMAGES/a.png", "MASKS/a.png", "-o", "expected.png"), far("IMAGES/deep/c.png", "MASKS/a.png", "-o", "expected b.png")
+    assert "1 filled" in far("SIDE", "SIDE", "-o", "OUT").stdout and written("OUT") == ["a.png"]
+    assert "1 filled, 1 left" in far("SIDE", "SIDE/deep/..", "-r", "-o", "OUT").stdout and written("OUT") == ["a.png", "deep/b.png"]
+    far("SIDE/a.png", "SIDE", "-o", "single.png")
+    for name, expected in (("OUT/a.png", "expected.png"), ("single.png", "expected.png"), ("OUT/deep/b.png", "expected b.png")):
+        assert np.array_equal(np.asarray(Image.open(name)), np.asarray(Image.open(expected))), name
+    Image.open("SIDE/deep/b.png").save("SIDE/a.jpg"), Image.open("SIDE/deep/b.png").save("SIDE/other.png")      # one more a, and one without a mask
+    done = far("SIDE", "SIDE", "-o", "OUT2", code=1)
+    assert written("OUT2") == ["a.jpg", "a.png"] and done.stderr.strip() == "far: SIDE/other.png: no masks called 'other_mask' in SIDE, expected one"
+    assert np.array_equal(np.asarray(Image.open("OUT2/a.png")), np.asarray(Image.open("expected.png")))
+
+
+def test_masks_and_results_may_lie_above_the_pictures(desk):
+    Path("c.png").write_bytes(Path("MASKS/a.png").read_bytes())
+    assert "1 filled" in far("IMAGES/deep", ".", "-o", "OUT").stdout and written("OUT") == ["c.png"]
+    assert "2 filled" in far("IMAGES", "MASKS", "-o", ".").stdout and Path("a.png").is_file()
+
+
+def test_the_one_mask_given_is_no_picture_of_its_folder(side):
+    Path("IMAGES/hole.png").write_bytes(Path("MASKS/a.png").read_bytes())
+    assert "2 filled" in far("IMAGES", "IMAGES/hole.png", "-o", "OUT").stdout and written("OUT") == ["a.png", "b.jpg"]
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link])
+def test_a_picture_under_another_name_is_still_no_mask_of_its_own(desk, capsys, monkeypatch, link):
+    Path("MASKS/a.png").rename("MASKS/a_mask.png"), link(desk / "IMAGES/a.png", "MASKS/a.png"), link(desk / "IMAGES/a.png", "linked.png")
+    far("IMAGES", "MASKS", "-o", "OUT"), far("IMAGES/a.png", "MASKS/a_mask.png", "-o", "expected.png")
+    assert np.array_equal(np.asarray(Image.open("OUT/a.png")), np.asarray(Image.open("expected.png")))
+    for mask in ("IMAGES/a.png", "linked.png"):
+        assert "its own mask" in refused(capsys, monkeypatch, "inpaint", "IMAGES/a.png", mask, "-o", "x.png", "-m", "telea") and not Path("x.png").exists()
+
+
+def test_a_format_takes_the_place_of_a_pictures_suffix_only_and_a_slash_makes_a_folder(desk):
+    for out, form, result in (("filled.v2", "png", "filled.v2.png"), ("filled.JPG", ".PNG", "filled.png"), ("new/", None, "new/a.png"), ("x.png/", "tif", "x.png/a.tif")):
+        assert far("IMAGES/a.png", "MASKS/a.png", "-o", out, *(["--format", form] if form else [])).stdout.strip() == result and Path(result).is_file()
+    assert "2 filled" in far("IMAGES", "MASKS/a.png", "-o", "OUT.png/").stdout and written("OUT.png") == ["a.png", "b.jpg"]
+    Image.open("IMAGES/a.png").save("photo.v2", "PNG")
+    assert far("photo.v2", "MASKS/a.png", "-o", "new").stdout.strip() == "new/photo.v2.png"
+
+
+def test_names_may_be_as_long_as_the_system_allows(desk):
+    for name in ("n" * 251 + ".png", "ü" * 125 + "n.png"):
+        Image.open("IMAGES/a.png").save(name)
+        far(name, "MASKS/a.png", "-o", "OUT/")
+        assert written("OUT") == [name] and not Path(f"OUT/{name}").unlink()
+    Path("IMAGES/b.jpg").rename("IMAGES/" + "b" * 251 + ".jpg")
+    done = far("IMAGES", "MASKS/a.png", "-o", "OUT", "--format", "jpeg", code=1)
+    assert "1 filled, 1 failed" in done.stdout and "File name too long" in done.stderr and written("OUT") == ["a.jpeg"]
+
+
+# ---- what the system refuses, and what nobody foresaw
+
+@pytest.fixture
+def locked(desk):
+    "LOCKED/ with a picture, which cannot be searched: for root neither, whose right to do so is laid down meanwhile (Linux)."
+    (desk / "LOCKED").mkdir(), (desk / "LOCKED/a.png").write_bytes((desk / "IMAGES/a.png").read_bytes()), (desk / "LOCKED").chmod(0)
+    before, header = (ctypes.c_uint32 * 6)(), (ctypes.c_uint32 * 2)(0x20080522, 0)
+    if os.geteuid() == 0:
+        try: libc = ctypes.CDLL(None)
+        except OSError: libc = None
+        if not hasattr(libc, "capset") or libc.capget(header, before): pytest.skip("root goes everywhere")
+        libc.capset(header, (ctypes.c_uint32 * 6)(before[0] & ~0b110, *before[1:]))       # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+    yield desk
+    if os.geteuid() == 0: libc.capset(header, before)
+    (desk / "LOCKED").chmod(0o755)
+
+
+@pytest.mark.parametrize("arguments", [["IMAGES/a.png", "MASKS/a.png", "-o", "LOCKED/x.png"], ["IMAGES", "MASKS", "-o", "LOCKED/OUT"], ["LOCKED/a.png", "MASKS/a.png", "-o", "x.png"],
+                                       ["IMAGES/a.png", "LOCKED/a.png", "-o", "x.png"], ["IMAGES/a.png", "MASKS/a.png", "-o", "x.png", "-m", "LOCKED/model"]])
+def test_a_locked_folder_is_one_line(locked, capsys, monkeypatch, arguments):
+    line = refused(capsys, monkeypatch, "inpaint", *arguments, *([] if "-m" in arguments else ["-m", "telea"]))
+    assert line.startswith("far: LOCKED/") and line.endswith(": Permission denied") and not Path("x.png").exists()
+
+
+def test_a_locked_folder_below_concerns_its_own_pictures_only(locked):
+    Path("IMAGES/deep").chmod(0o444)                                                       # its names can be read, and no more
+    done = far("IMAGES", "MASKS/a.png", "-o", "OUT", "-r", code=1)
+    Path("IMAGES/deep").chmod(0o755)
+    assert "2 filled, 1 failed" in done.stdout and done.stderr.startswith("far: IMAGES/deep/c.png: ") and "Permission denied" in done.stderr
+    Path("OUT/deep").mkdir(mode=0o444)
+    done = far("IMAGES", "MASKS/a.png", "-o", "OUT", "-r", code=1)
+    assert "0 filled, 2 left" in done.stdout and done.stderr.strip() == "far: IMAGES/deep/c.png: OUT/deep/c.png: Permission denied"
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["inpaint", "IMAGES/a.png", "MASKS/a.png", "-o", "n" * 300 + ".png"], "File name too long"), (["inpaint", "n" * 300 + ".png", "MASKS/a.png", "-o", "x.png"], "File name too long"),
+    (["export", "-o", "/dev/null/x/far.pt"], "/dev/null/x/far.pt cannot be written: Not a directory"), (["export", "-o", "IMAGES"], "IMAGES"),
+    (["evaluate", "IMAGES", "IMAGES", "-o", "/dev/null/m.json"], "/dev/null/m.json cannot be written: Not a directory"), (["evaluate", "IMAGES", "IMAGES", "-o", "MASKS"], "MASKS cannot be written: Is a directory"),
+    (["evaluate", "IMAGES", "IMAGES", "-o", "new/" + "n" * 300 + "/m.json"], "cannot be written: File name too long"), (["evaluate", "IMAGES", "IMAGES", "-o", "LOCKED/m.json"], "LOCKED/m.json cannot be written: Permission denied"),
+    (["data", "test", "--preset", "smoke", "-o", "/dev/null/set"], "/dev/null")])
+def test_a_place_that_cannot_be_is_one_line_before_anything_is_done(locked, capsys, monkeypatch, arguments, said):
+    for name in ("evaluate_method", "evaluate_folders"): monkeypatch.setattr(cli, name, lambda *_: pytest.fail("measured first"))
+    monkeypatch.setattr("far_nb.export.export_model", lambda *_: pytest.fail("exported first"))
+    before = sorted(Path(".").rglob("*"))
+    assert said in refused(capsys, monkeypatch, *arguments) and sorted(Path(".").rglob("*")) == before
+
+
+def test_a_place_that_can_be_stays_as_it_was(desk):
+    before = written(".")
+    for out in ("m.json", "new/deeper/m.json", "new/../m.json", desk / "IMAGES/a.png"): cli._check_writable(Path(out))
+    assert written(".") == before and not Path("new").exists()
+
+
+@pytest.mark.parametrize("error, said", [(OSError(28, "No space left on device"), "far: No space left on device"), (OSError(28, "No space left on device", "x.bin"), "far: x.bin: No space left on device"),
+                                         (ConnectionError("no route"), "far: ConnectionError: no route"), (FarError("a\nb"), "far: a b")])
+def test_what_the_system_refuses_anywhere_is_one_line(capsys, monkeypatch, error, said):
+    monkeypatch.setattr(cli, "reproduce", lambda *_, **__: (_ for _ in ()).throw(error))
+    assert refused(capsys, monkeypatch, "reproduce") == said
+    monkeypatch.setattr(cli, "reproduce", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError): main()                                          # a bug keeps its traceback
+
+
+class Large(np.ndarray): "An array that can be watched."
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_nobody_foresaw_concerns_its_own_picture_only(desk, monkeypatch, batch):
+    import far_nb.inpaint as library
+    inpaint, save, alive = library.inpaint, library.save_picture, []
+    def greedy(images, *arguments, **options):
+        assert not any(watch() is not None for watch in alive)                             # what the failed picture took is free for the next
+        if Path("IMAGES/a.png") in images:
+            large = np.zeros(9).view(Large)
+            alive.append(weakref.ref(large))
+            raise MemoryError
+        return inpaint(images, *arguments, **options)
+    monkeypatch.setattr(library, "inpaint", greedy)
+    monkeypatch.setattr(library, "save_picture", lambda picture, path, *rest: {}["b"] if path.name == "b.jpg" else save(picture, path, *rest))
+    done = far("IMAGES", "MASKS", "-o", "OUT", "-r", "--batch", batch, code=1)
+    assert "1 filled, 2 failed" in done.stdout and written("OUT") == ["deep/c.png"]
+    assert done.stderr.splitlines() == ["far: IMAGES/a.png: MemoryError", "far: IMAGES/b.jpg: KeyError: 'b'"]
+
+
+def test_an_interrupt_ends_with_what_was_filled(desk, monkeypatch):
+    import far_nb.inpaint as library
+    save = library.save_picture
+    def interrupted(picture, path, *rest):
+        if path.name == "b.jpg": raise KeyboardInterrupt
+        return save(picture, path, *rest)
+    monkeypatch.setattr(library, "save_picture", interrupted)
+    done = far("IMAGES", "MASKS", "-o", "OUT", "-r", code=130)
+    assert done.stdout.strip() == "1 filled in OUT" and done.stderr.strip() == "far: stopped, 2 of 3 not reached" and written("OUT") == ["a.png"]
+    assert "130" in CliRunner().invoke(app, ["inpaint", "--help"]).stdout
+
+
 # ---- far evaluate FILLED/ TRUE/
 
 def measured(*arguments):
@@ -282,8 +440,11 @@ def test_two_folders_are_compared_by_name(tmp_path, capsys, monkeypatch):
     mixed = measured(f"folder:{tmp_path / 'filled'}", tmp_path / "true")
     assert mixed["images"] == 4 and len(mixed["per_image"]["PSNR/standard"]) == 4 and value(mixed, "FID (lite0)") is None
     assert any("2 sizes" in (entry["reason"] or "") for entry in mixed["metrics"])
-    (tmp_path / "filled/b.png").unlink()
+    (tmp_path / "filled/b.png").rename(tmp_path / "filled/b_mask.png")
     assert "no pictures called 'b'" in refused(capsys, monkeypatch, "evaluate", tmp_path / "filled", tmp_path / "true")
+    for name in "abc": (tmp_path / f"masks/{name}.png").rename(tmp_path / f"true/{name}_mask.png")
+    (tmp_path / "filled/b_mask.png").rename(tmp_path / "filled/b.png"), (tmp_path / "true/d.png").unlink()
+    assert value(measured(tmp_path / "filled", tmp_path / "true", "--masks", tmp_path / "true"), "PSNR") == value(inside, "PSNR")
     assert "--masks" in refused(capsys, monkeypatch, "evaluate", "telea", "--masks", tmp_path / "masks")
     assert "protocol" in refused(capsys, monkeypatch, "evaluate", "telea", "--protocol", "mine")
 
