@@ -483,10 +483,11 @@ def _check_jobs(jobs: Sequence[Job], overwrite: bool) -> None:
 # %% ../nbs/24_cli.ipynb #6f7ba126
 @dataclass
 class Tally:
-    "How a run of `far inpaint` went: files written, left because they were there, and failed, with the reason."
+    "How a run of `far inpaint` went: files written, left because they were there, failed, with the reason, and written with a loss."
     written: list[Path] = field(default_factory=list)
     left: list[Path] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    lost: dict[str, list[str]] = field(default_factory=dict)      # what their formats could not hold -> the pictures
 
     def __str__(self) -> str:
         return ", ".join([f"{len(self.written)} filled", *([f"{len(self.left)} left as they were (--overwrite replaces them)"] if self.left else []),
@@ -519,9 +520,13 @@ def inpaint_files(jobs: Sequence[Job], model: str | None = None, *, overwrite: b
         results = iter(_fill([pair for pair in inputs if not isinstance(pair, FarError)], method, options))
         for job, found in zip(some, inputs):
             result = found if isinstance(found, FarError) else next(results)
+            losses = _attempt(_losses, result, job)                 # of the file as it is before it may be replaced
             saved = result if isinstance(result, FarError) else _attempt(_save, result, job, quality)
             if isinstance(saved, FarError): close(job, saved)
-            else: tally.written.append(saved); close(job)
+            else:
+                tally.written.append(saved)
+                for loss in losses if isinstance(losses, list) else (): tally.lost.setdefault(loss, []).append(str(job.image))
+                close(job)
     return tally
 
 # %% ../nbs/24_cli.ipynb #bdb2f0b9
@@ -546,6 +551,16 @@ def _save(result: Any, job: Job, quality: int | None) -> Path:
     "Write what became of a job's picture, with what its file says beside the pixels; returns where."
     from far_nb.inpaint import save_picture
     return save_picture(result, job.out, quality, None if hasattr(result, "info") else picture_info(job.image))
+
+
+def _losses(result: Any, job: Job) -> list[str]:
+    "What a job's picture no longer has beside what its format cannot hold."
+    from PIL import Image
+    from far_nb.inpaint import lost_in_format
+    with Image.open(job.image) as source: frames, deep = getattr(source, "n_frames", 1), ";16" in str(source.tile)
+    lost = lost_in_format(result, job.out)
+    if deep and hasattr(result, "mode") and not result.mode.startswith("I") and "16 bits" not in lost: lost.append("16 bits")
+    return lost + (["further frames or pages"] if frames > 1 else [])
 
 
 def picture_info(path: Path) -> dict[str, Any]:
@@ -696,7 +711,7 @@ _DATA = "sample-scenes, sample-faces, a folder, .txt list or .tar"
 
 
 @app.command("reproduce")
-def _reproduce(preset: Annotated[str, typer.Option(help="smoke, tiny, small or paper")] = "tiny",
+def _reproduce(preset: Annotated[str, typer.Option(help="smoke, tiny, tiny-photos, small or paper")] = "tiny",
                out: Annotated[Path, typer.Option(help="gets runs/PRESET and figures/PRESET")] = Path("."),
                only: Annotated[Optional[str], typer.Option(help="such as table4,figure3; default: all")] = None,
                jobs: Annotated[Optional[int], typer.Option(help="notebooks at a time; default: one per core")] = None,
@@ -750,8 +765,9 @@ def _inpaint(image: Annotated[Path, typer.Argument(help="picture of any size, or
     the pictures, or NAME_mask), from the transparency, or from a colour.
     In one folder with the pictures, masks are called NAME_mask.
 
-    Size, mode and metadata are kept, and known pixels bit by bit (JPEG aside).
-    Results that are there already are left alone.
+    Size, mode and metadata are kept, and known pixels bit by bit (JPEG aside);
+    what a format cannot hold is noted. Results that are there already are
+    left alone.
 
     Exit code 0: all filled; 1: some failed, one line each; 2: wrong call;
     130: stopped by Ctrl-C, with what was filled until then.
@@ -768,6 +784,8 @@ def _inpaint(image: Annotated[Path, typer.Argument(help="picture of any size, or
         except KeyboardInterrupt: stopped = True
     if stopped: typer.echo(f"far: stopped, {len(jobs) - len(tally.written) - len(tally.left) - len(tally.failed)} of {len(jobs)} not reached", err=True)
     typer.echo(str(tally.written[0]) if not image.is_dir() and tally.written else f"{tally} in {out}" if image.is_dir() else str(tally))
+    for loss, pictures in tally.lost.items():
+        typer.echo(f"note: written without {loss}: {pictures[0]}" + (f" and {len(pictures) - 1} more" if len(pictures) > 1 else ""), err=True)
     if stopped or tally.failed: raise typer.Exit(130 if stopped else 1)
 
 # %% ../nbs/24_cli.ipynb #4e97d502
@@ -825,7 +843,7 @@ app.add_typer(_data, name="data")
 
 @_data.command("test")
 def _test(out: Annotated[Path, typer.Option("--out", "-o", help="gets images/NAME.png and masks/NAME.png")],
-          preset: Annotated[str, typer.Option(help="smoke, tiny, small or paper")] = "tiny",
+          preset: Annotated[str, typer.Option(help="smoke, tiny, tiny-photos, small or paper")] = "tiny",
           which: Annotated[str, typer.Option("--set", help="scenes, faces or hr")] = "scenes",
           data: Annotated[Optional[str], typer.Option(help=f"scenes: {_DATA}")] = None,
           faces: Annotated[Optional[str], typer.Option(help="faces, in the same forms")] = None,

@@ -60,6 +60,7 @@ def _open(source: str | os.PathLike | bytes | BinaryIO, name: str | None, at_lea
         raise FarError(f"{name}: not a picture that Pillow can read (JPEG, PNG, WebP, TIFF, BMP, ...)") from None
     except Image.DecompressionBombError as error:
         raise FarError(f"{name}: too large ({error}): scale it down first") from None
+    except PermissionError as error: raise FarError(f"{name}: {error.strerror}") from None
     except Exception as error:      # the decoders raise OSError, SyntaxError, ValueError, struct.error, ... on damaged files
         raise FarError(f"{name}: damaged or cut off ({type(error).__name__}: {error})") from None
 

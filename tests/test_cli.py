@@ -453,3 +453,22 @@ def test_two_folders_are_compared_by_name(tmp_path, capsys, monkeypatch):
 def test_help_fits_80_columns(command):
     shown = CliRunner().invoke(app, [*command, "--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
     assert shown.exit_code == 0 and max(map(len, shown.stdout.splitlines())) <= 80 and "…" not in shown.stdout
+
+
+def test_what_a_format_cannot_hold_is_noted(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("in", "masks"): Path(folder).mkdir()
+    hole = np.zeros((20, 30), np.uint8)
+    hole[5:9, 7:20] = 255
+    pictures = {"clear.png": Image.new("RGBA", (30, 20), (9, 9, 9, 90)), "clear 2.png": Image.new("RGBA", (30, 20), (9, 9, 9, 90)), "plain.png": Image.new("RGB", (30, 20)),
+                "deep.png": Image.fromarray(np.full((20, 30), 777, np.uint16))}
+    for name, picture in pictures.items(): picture.save(Path("in", name))
+    Image.new("L", (30, 20), 7).save("in/moving.gif", save_all=True, append_images=[Image.new("L", (30, 20), 90)])
+    for name in (*pictures, "moving.gif"): Image.fromarray(hole).save(Path("masks", name).with_suffix(".png"))
+    def notes(*more):
+        done = CliRunner().invoke(app, ["inpaint", "in", "masks", "-m", "mean", *more])
+        assert done.exit_code == 0, done.output
+        return sorted(done.stderr.splitlines())
+    frames = "note: written without further frames or pages: in/moving.gif"
+    assert notes("-o", "same") == [frames]
+    assert notes("-o", "out", "--format", "jpg") == ["note: written without 16 bits: in/deep.png", frames, "note: written without transparency: in/clear 2.png and 1 more"]
