@@ -14,7 +14,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Iterator, Sequence
 
-import matplotlib.pyplot as plt
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -41,7 +40,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     "Temporary path beside `path` that becomes `path` when the body succeeds and vanishes when it fails."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=path.suffix)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem[:20]}.", suffix=path.suffix)      # a name may fill its 255 bytes
     os.close(handle)
     temporary = Path(name)
     try:
@@ -71,12 +70,18 @@ def read_json(path: str | os.PathLike) -> Any:
         raise FarError(f"{path} is not readable JSON ({error}): delete it and run again") from None
 
 # %% ../nbs/00_core.ipynb #fba312ab
-def save_model(module: torch.nn.Module, config: dict[str, Any], folder: str | os.PathLike) -> Path:
-    "Write `config.json` and `model.safetensors` (the state dict) into `folder`, each atomically; returns the folder."
+def _halved(value: torch.Tensor) -> torch.Tensor:
+    "Float16 copy of a kernel or a matrix; vectors and scalars (statistics of norms, biases, alphas), and what does not fit, stay as they are."
+    half = value.half() if value.dtype == torch.float32 and value.ndim > 1 else value
+    return half if half is value or half.isfinite().all() else value
+
+
+def save_model(module: torch.nn.Module, config: dict[str, Any], folder: str | os.PathLike, half: bool = False) -> Path:
+    "Write `config.json` and `model.safetensors` (the state dict, `half`: its kernels in float16) into `folder`, each atomically; returns the folder."
     folder = Path(folder)
+    state = {key: (_halved(value) if half else value).contiguous() for key, value in module.state_dict().items()}
     write_json(folder / "config.json", config)
-    with atomic_path(folder / "model.safetensors") as temporary:
-        save_file({key: value.contiguous() for key, value in module.state_dict().items()}, str(temporary))
+    with atomic_path(folder / "model.safetensors") as temporary: save_file(state, str(temporary))
     return folder
 
 # %% ../nbs/00_core.ipynb #a0a8b6f4
@@ -131,8 +136,9 @@ def _as_picture(image: Any) -> np.ndarray:
     return image.clip(0, 1) if image.dtype.kind == "f" else image
 
 
-def show_images(images: Sequence[Any], titles: Sequence[str] | None = None, columns: int | None = None, width: float = 1.6) -> plt.Figure:
+def show_images(images: Sequence[Any], titles: Sequence[str] | None = None, columns: int | None = None, width: float = 1.6) -> "matplotlib.figure.Figure":
     "Grid of pictures, `width` inches each; tensors (C,H,W) in [0,1], arrays (H,W[,3]), PIL images or masks."
+    import matplotlib.pyplot as plt                      # half a second that only those who look at pictures need
     columns = columns or min(len(images), 8)
     rows = -(-len(images) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(width * columns, (width + (0.25 if titles else 0)) * rows), dpi=80, squeeze=False)
