@@ -88,12 +88,13 @@ def read_image(source: str | os.PathLike | bytes | BinaryIO, name: str | None = 
 
 # %% ../nbs/02_data.ipynb #39455afd
 def _hole_of(image: Image.Image, name: str) -> np.ndarray:
-    "Where a mask picture (H,W) is bright, as bool; of strokes in one colour on transparency, where the strokes are."
+    "Where a mask picture (H,W) is bright, as bool; of strokes in one colour on transparency, where the strokes are. Black ones could mean either: `FarError`."
     if image.mode.startswith("I"): values = np.asarray(image)
     elif _transparent(image):
         pixels = np.asarray(image.convert("RGBA")).astype(np.int64)
         painted = pixels[pixels[..., 3] >= 128, :3]
-        strokes = 0 < len(painted) < pixels[..., 3].size and painted.std(0).max() < 16       # of one colour: black, white or red, they are the hole
+        strokes = 0 < len(painted) < pixels[..., 3].size and painted.std(0).max() < 16       # of one colour: white or red, they are the hole
+        if strokes and painted.max() < 32: raise FarError(f"{name}: black and transparent, either could be the hole: paint the hole in white")
         values = pixels[..., 3] if strokes else np.asarray(image.convert("RGBA").convert("L")) * pixels[..., 3] // 255
     else: values = np.asarray(_eight_bit(image, name).convert("L"))
     white = next((white for white in (1, 255) if values.max(initial=0) <= white), 65535)      # zeros and ones look black, and mean what they say
@@ -105,7 +106,7 @@ def read_mask(source: str | os.PathLike | bytes | BinaryIO, size: tuple[int, int
     """Bool mask (H,W), True = hole (bright), from a path, bytes or an open file; soft masks are cut at one half.
 
     `size` (width, height): resized to it by nearest neighbour. `invert`: dark is the hole. Of strokes in one colour on transparency
-    the strokes are the hole; other transparent masks lie on black. Unreadable: `FarError` naming the file."""
+    the strokes are the hole (black: `FarError`, it could be the other part); other transparent masks lie on black. Unreadable: `FarError`."""
     hole = _hole_of(_open(source, name), _name_of(source, name)) ^ invert
     if size is not None and size != (hole.shape[1], hole.shape[0]):
         hole = np.asarray(Image.fromarray(hole).resize(size, Image.Resampling.NEAREST))

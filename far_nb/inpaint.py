@@ -771,7 +771,7 @@ def read_deep(path: "str | os.PathLike") -> np.ndarray | None:
     if values is None or values.dtype != np.uint16 or values.ndim != 3: return None
     return np.ascontiguousarray(_TURNED.get(turned, np.asarray)(values[..., [2, 1, 0, 3][:values.shape[-1]]]))
 
-
+# %% ../nbs/14_inpaint.ipynb #2af2c25f
 def _said(info: dict[str, Any]) -> Image.Exif:
     "A picture's EXIF in words."
     exif = Image.Exif()

@@ -410,7 +410,7 @@ def test_masks_of_sixteen_bits_and_of_few_values(photograph, tmp_path):
             assert np.array_equal(pixels(inpaint(photograph, mask, "mean")), pixels(inpaint(photograph, hole, "mean")))
 
 
-@pytest.mark.parametrize("colour", ["black", "white", "red"])
+@pytest.mark.parametrize("colour", ["white", "red", "#333333"])
 def test_strokes_on_transparency_are_the_hole(colour, photograph, tmp_path):
     hole = square_mask(photograph.size)
     strokes = Image.new("RGBA", photograph.size, colour)
@@ -418,6 +418,9 @@ def test_strokes_on_transparency_are_the_hole(colour, photograph, tmp_path):
     strokes.save(tmp_path / "strokes.png")
     for mask in (strokes, tmp_path / "strokes.png"):
         assert np.array_equal(pixels(inpaint(photograph, mask, "mean")), pixels(inpaint(photograph, hole, "mean")))
+    black = Image.new("RGBA", photograph.size)
+    black.putalpha(strokes.getchannel("A"))
+    with pytest.raises(FarError, match="paint the hole in white"): inpaint(photograph, black, "mean")
     both = Image.fromarray(np.where(hole, 255, 0).astype(np.uint8)).convert("RGBA")           # black and white, with a transparent edge
     both.putpixel((0, 0), (255, 255, 255, 0))
     assert np.array_equal(pixels(inpaint(photograph, both, "mean")), pixels(inpaint(photograph, hole, "mean")))
