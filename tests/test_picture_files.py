@@ -30,7 +30,7 @@ def test_deep_pictures_are_turned_once(orientation, order, tmp_path, capfd):
     assert not capfd.readouterr().err
 
 
-def exif(**more):
+def exif():
     exif = Image.Exif()
     for tag, text in WORDS.items(): exif[tag] = text
     return exif
